@@ -1,0 +1,181 @@
+// The buffer type that repacks SPK4 matrices while they load, and the traits that send every SPK4 product to
+// spike-matmul.cpp. Matrices with faults are kept as stored: their products are then NaN row by row, not garbage.
+#include "spike-cpu.h"
+#include "spike-layout.h"
+#include "spike-matmul.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "traits.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace spike {
+namespace {
+
+// tensor->extra says in which form the data is
+char form_tiles;
+char form_stored;
+
+bool is_ours(const ggml_tensor * tensor) {
+    return tensor->buffer && tensor->buffer->buft == ggml_backend_cpu_spike_buffer_type();
+}
+
+bool can_repack(const ggml_tensor * tensor) {
+    return tensor->type == GGML_TYPE_SPK4 && tensor->view_src == nullptr && ggml_is_contiguous(tensor)
+        && tensor->ne[0] <= SPIKE_MAX_TILED_INPUTS;
+}
+
+size_t packed_size(const ggml_tensor * tensor) {
+    return spike_layout_of(tensor->ne[0], tensor->ne[1]).size*(size_t) (tensor->ne[2]*tensor->ne[3]);
+}
+
+size_t stored_matrix_size(const ggml_tensor * tensor) {
+    return ggml_row_size(tensor->type, tensor->ne[0])*(size_t) tensor->ne[1];
+}
+
+void store(ggml_tensor * tensor, const void * data) {
+    if (can_repack(tensor) && spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor))) {
+        const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
+        for (int64_t m = 0; m < tensor->ne[2]*tensor->ne[3]; m++) {
+            const char * blocks = (const char *) data + (size_t) m*stored_matrix_size(tensor);
+            spike_pack_matrix(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size);
+        }
+        tensor->extra = &form_tiles;
+    } else {
+        memcpy(tensor->data, data, ggml_nbytes(tensor));
+        tensor->extra = &form_stored;
+    }
+}
+
+void load(const ggml_tensor * tensor, void * data) {
+    if (form_of(tensor) == weight_form::stored) {
+        memcpy(data, tensor->data, ggml_nbytes(tensor));
+        return;
+    }
+    const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
+    for (int64_t m = 0; m < tensor->ne[2]*tensor->ne[3]; m++) {
+        char * blocks = (char *) data + (size_t) m*stored_matrix_size(tensor);
+        spike_unpack_matrix(&layout, (const uint8_t *) tensor->data + (size_t) m*layout.size, (block_spk4 *) blocks);
+    }
+}
+
+ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * tensor) {
+    tensor->extra = &form_stored;
+    return GGML_STATUS_SUCCESS;
+}
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    if (offset == 0 && size == ggml_nbytes(tensor)) {
+        store(tensor, data);
+        return;
+    }
+    std::vector<char> whole(ggml_nbytes(tensor));
+    load(tensor, whole.data());
+    memcpy(whole.data() + offset, data, size);
+    store(tensor, whole.data());
+}
+
+void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    if (offset == 0 && size == ggml_nbytes(tensor)) {
+        load(tensor, data);
+        return;
+    }
+    std::vector<char> whole(ggml_nbytes(tensor));
+    load(tensor, whole.data());
+    memcpy(data, whole.data() + offset, size);
+}
+
+void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+    std::vector<char> whole(ggml_nbytes(tensor));
+    load(tensor, whole.data());
+    memset(whole.data() + offset, value, size);
+    store(tensor, whole.data());
+}
+
+const char * buffer_type_name(ggml_backend_buffer_type_t) {
+    return "CPU_SPIKE";
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    if (buffer == nullptr) {
+        return nullptr;
+    }
+    buffer->buft                = buft;
+    buffer->iface.init_tensor   = init_tensor;
+    buffer->iface.set_tensor    = set_tensor;
+    buffer->iface.get_tensor    = get_tensor;
+    buffer->iface.memset_tensor = memset_tensor;
+    buffer->iface.cpy_tensor    = nullptr;
+    return buffer;
+}
+
+size_t alignment(ggml_backend_buffer_type_t) {
+    return 64;
+}
+
+size_t alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
+    return can_repack(tensor) ? std::max(packed_size(tensor), ggml_nbytes(tensor)) : ggml_nbytes(tensor);
+}
+
+class product_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = spike::work_size(op, n_threads);
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        spike::compute(params, op);
+        return true;
+    }
+};
+
+class extra_buffer_type : public ggml::cpu::extra_buffer_type {
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        if (!computes(op) || !is_ours(op->src[0]) || op->src[0]->view_src || !ggml_is_contiguous(op->src[0])) {
+            return false;
+        }
+        return !op->src[1]->buffer || ggml_backend_buft_is_host(op->src[1]->buffer->buft);
+    }
+
+    // every SPK4 product, wherever the weights lie: the encoder needs whole tokens and the tensor's settings,
+    // which ggml's own loop does not give to from_float
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        static product_traits traits;
+        return computes(op) ? &traits : nullptr;
+    }
+};
+
+} // namespace
+
+weight_form form_of(const ggml_tensor * weights) {
+    // a view into tiles would not start at a row; supports_op refuses it
+    GGML_ASSERT(!is_ours(weights) || !weights->view_src || weights->view_src->extra != &form_tiles);
+    return is_ours(weights) && weights->extra == &form_tiles ? weight_form::tiles : weight_form::stored;
+}
+
+} // namespace spike
+
+ggml_backend_buffer_type_t ggml_backend_cpu_spike_buffer_type(void) {
+    static ggml_backend_buffer_type type = {
+        /* .iface   = */ {
+            /* .get_name       = */ spike::buffer_type_name,
+            /* .alloc_buffer   = */ spike::alloc_buffer,
+            /* .get_alignment  = */ spike::alignment,
+            /* .get_max_size   = */ nullptr, // SIZE_MAX
+            /* .get_alloc_size = */ spike::alloc_size,
+            /* .is_host        = */ nullptr,
+        },
+        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+        /* .context = */ new spike::extra_buffer_type(),
+    };
+    return &type;
+}
+
+const char * spikequant_kernel(void) {
+    return "plain C";
+}

@@ -1,0 +1,70 @@
+// Repacked matrices: 128 neurons side by side, so that one spike adds one line of weights.
+//
+//   line    64 bytes: the codes of 128 rows for one input; low nibble row j, high nibble row j + 64
+//   tile    128 rows
+//   strip   up to 16 tiles; input-major, so that the lines of one input lie together (1 KB in a full strip);
+//           one line of zeros per tile ends the strip, for lists of inputs padded to a fixed length
+//   matrix  strips | salient weights [tile][block][slot][128 rows] | headers [row]
+//
+// Nothing is lost: unpacking gives the stored blocks back to the byte.
+#pragma once
+
+#include "spike/spike.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPIKE_TILE_ROWS   128
+#define SPIKE_LINE_BYTES  64
+#define SPIKE_LINE_SHIFT  6
+#define SPIKE_STRIP_TILES 16
+
+// Salient sums are kept in 16 bits: two weights of 16 steps in every block of up to 65472 inputs.
+#define SPIKE_MAX_TILED_INPUTS (QK_SPK*(INT16_MAX/(SPIKE_SALIENT_SLOTS*16)))
+
+typedef struct {
+    int64_t n_inputs;
+    int64_t n_rows;
+    int64_t n_blocks; // n_inputs / 64
+    int64_t n_tiles;  // the last one may hold unused rows, with codes 0
+    size_t  salient_offset;
+    size_t  header_offset;
+    size_t  size; // bytes of one matrix, a multiple of 64
+} spike_layout;
+
+spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows);
+
+// The line of input i in a tile is at first + i*stride.
+typedef struct {
+    const uint8_t * first;
+    size_t          stride;
+} spike_tile_lines;
+
+static inline spike_tile_lines spike_lines_of_tile(const spike_layout * layout, const uint8_t * packed, int64_t tile) {
+    const int64_t strip      = tile / SPIKE_STRIP_TILES;
+    const int64_t first_tile = strip * SPIKE_STRIP_TILES;
+    const int64_t remaining  = layout->n_tiles - first_tile;
+    const int64_t width      = remaining < SPIKE_STRIP_TILES ? remaining : SPIKE_STRIP_TILES;
+    const size_t  lines_before = (size_t) (first_tile * (layout->n_inputs + 1) + (tile - first_tile));
+    const spike_tile_lines lines = { packed + lines_before*SPIKE_LINE_BYTES, (size_t) width*SPIKE_LINE_BYTES };
+    return lines;
+}
+
+// Salient weights of (tile, block, slot): 128 bytes, one per row, as stored in block_spk4.
+static inline const uint8_t * spike_salients_of_tile(const spike_layout * layout, const uint8_t * packed, int64_t tile,
+                                                     int64_t block, int slot) {
+    const int64_t index = (tile*layout->n_blocks + block)*SPIKE_SALIENT_SLOTS + slot;
+    return packed + layout->salient_offset + (size_t) index*SPIKE_TILE_ROWS;
+}
+
+static inline const uint16_t * spike_headers(const spike_layout * layout, const uint8_t * packed) {
+    return (const uint16_t *) (packed + layout->header_offset);
+}
+
+void spike_pack_matrix(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed);
+void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, block_spk4 * blocks);
+
+#ifdef __cplusplus
+}
+#endif

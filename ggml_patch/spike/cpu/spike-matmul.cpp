@@ -1,0 +1,417 @@
+#include "spike-matmul.h"
+
+#include "ggml-impl.h"
+#include "spike-cpu.h"
+#include "spike-integrate.h"
+#include "spike-potentials.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace spike {
+namespace {
+
+constexpr int64_t TOKEN_BLOCK  = 32; // tokens that share a tile's lines and salient weights while they are in cache
+constexpr int64_t STORED_ROWS  = 64; // rows per unit of work on the slow path
+constexpr size_t  ALIGNMENT    = 64;
+
+size_t aligned(size_t n) {
+    return (n + ALIGNMENT - 1)/ALIGNMENT*ALIGNMENT;
+}
+
+// One matrix of the weights with all the tokens that go through it.
+struct job {
+    const void * matrix;
+    int64_t      n_tokens;
+};
+
+struct token {
+    int64_t column; // index of the encoded input
+    float * output; // n_rows floats
+};
+
+// MUL_MAT: one job per slice of src1's outer dimensions.
+class dense_product {
+  public:
+    dense_product(const ggml_tensor * dst, size_t matrix_stride) : dst(dst), src0(dst->src[0]), src1(dst->src[1]), matrix_stride(matrix_stride) {}
+
+    int64_t n_jobs() const { return src1->ne[2]*src1->ne[3]; }
+
+    job get_job(int64_t j) const {
+        const int64_t i2 = j % src1->ne[2], i3 = j/src1->ne[2];
+        const int64_t m2 = i2/(src1->ne[2]/src0->ne[2]), m3 = i3/(src1->ne[3]/src0->ne[3]);
+        const size_t offset = matrix_stride ? (size_t) (m3*src0->ne[2] + m2)*matrix_stride : (size_t) (m2*src0->nb[2] + m3*src0->nb[3]);
+        return { (const char *) src0->data + offset, src1->ne[1] };
+    }
+
+    token get_token(int64_t j, int64_t t) const {
+        const int64_t i2 = j % src1->ne[2], i3 = j/src1->ne[2];
+        return { j*src1->ne[1] + t, (float *) ((char *) dst->data + t*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]) };
+    }
+
+  private:
+    const ggml_tensor * dst;
+    const ggml_tensor * src0;
+    const ggml_tensor * src1;
+    const size_t        matrix_stride; // 0: as the tensor says
+};
+
+// MUL_MAT_ID: one job per expert. The routing table groups (token, slot) pairs by expert.
+class routed_product {
+  public:
+    routed_product(const ggml_tensor * dst, size_t matrix_stride, void * table) :
+        dst(dst), src0(dst->src[0]), src1(dst->src[1]), ids(dst->src[2]), matrix_stride(matrix_stride ? matrix_stride : src0->nb[2]),
+        first((int64_t *) table), routes((route *) (first + src0->ne[2] + 1)) {}
+
+    static size_t table_size(const ggml_tensor * dst) {
+        const ggml_tensor * ids = dst->src[2];
+        return aligned((size_t) (dst->src[0]->ne[2] + 1)*sizeof(int64_t) + (size_t) (ids->ne[0]*ids->ne[1])*sizeof(route));
+    }
+
+    // a counting sort by expert; called by one thread
+    void fill_table() const {
+        const int64_t n_experts = src0->ne[2];
+        std::fill(first, first + n_experts + 1, 0);
+        for_each_route([&](int64_t expert, route) { first[expert + 1]++; });
+        for (int64_t e = 0; e < n_experts; e++) {
+            first[e + 1] += first[e];
+        }
+        // first[e] walks to the end of its own list, which is the start of the next
+        for_each_route([&](int64_t expert, route r) { routes[first[expert]++] = r; });
+        for (int64_t e = n_experts; e > 0; e--) {
+            first[e] = first[e - 1];
+        }
+        first[0] = 0;
+    }
+
+    int64_t n_jobs() const { return src0->ne[2]; }
+
+    job get_job(int64_t expert) const {
+        return { (const char *) src0->data + (size_t) expert*matrix_stride, first[expert + 1] - first[expert] };
+    }
+
+    token get_token(int64_t expert, int64_t t) const {
+        const route r = routes[first[expert] + t];
+        return { r.row*src1->ne[1] + r.slot % src1->ne[1], (float *) ((char *) dst->data + r.slot*dst->nb[1] + r.row*dst->nb[2]) };
+    }
+
+  private:
+    struct route {
+        int32_t slot;
+        int32_t row;
+    };
+
+    template <typename F> void for_each_route(F f) const {
+        for (int64_t row = 0; row < ids->ne[1]; row++) {
+            for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
+                const int32_t expert = *(const int32_t *) ((const char *) ids->data + row*ids->nb[1] + slot*ids->nb[0]);
+                GGML_ASSERT(expert >= 0 && expert < src0->ne[2]);
+                f(expert, route { (int32_t) slot, (int32_t) row });
+            }
+        }
+    }
+
+    const ggml_tensor * dst;
+    const ggml_tensor * src0;
+    const ggml_tensor * src1;
+    const ggml_tensor * ids;
+    const size_t        matrix_stride;
+    int64_t *           first;
+    route *             routes;
+};
+
+// ---- working memory
+
+struct work_layout {
+    size_t blocks, trains, scratch, table; // offsets
+    size_t scratch_per_thread;
+    size_t size;
+};
+
+size_t tile_scratch_size(int64_t n_inputs) {
+    return aligned(2*TOKEN_BLOCK*SPIKE_TILE_ROWS*sizeof(int32_t))  // potentials
+         + aligned(2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS)  // salient sums
+         + aligned(2*TOKEN_BLOCK*(size_t) n_inputs)                // values by input
+         + (size_t) n_inputs*SPIKE_LINE_BYTES;                     // lines of a tile
+}
+
+work_layout layout_work(const ggml_tensor * op, int n_threads) {
+    const int64_t n_inputs  = op->src[0]->ne[0];
+    const int64_t n_columns = ggml_nrows(op->src[1]);
+    work_layout w;
+    w.blocks  = 0;
+    w.trains  = aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+    w.table   = w.trains + (size_t) n_columns*spike_train_size(n_inputs);
+    w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
+    w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), tile_scratch_size(n_inputs));
+    w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
+    return w;
+}
+
+// ---- encoder settings
+
+// A tensor's own salience and silence thresholds, which the model loader leaves in its op_params; 0 means the default.
+spike_encoder_params encoder_params_of(const ggml_tensor * weights, bool rotated) {
+    const ggml_tensor * owner = weights;
+    while (owner->view_src) {
+        owner = owner->view_src;
+    }
+    spike_encoder_params params = spike_encoder_defaults();
+    if (owner->op == GGML_OP_NONE) {
+        float salience, silence;
+        memcpy(&salience, &owner->op_params[0], sizeof(float));
+        memcpy(&silence,  &owner->op_params[1], sizeof(float));
+        params.salience = salience > 0.0f ? salience : params.salience;
+        params.silence  = silence  > 0.0f ? silence  : params.silence;
+    }
+    params.rotated = rotated;
+    return params;
+}
+
+// ---- tiles
+
+// What a thread keeps while it serves one block of tokens.
+struct tile_scratch {
+    int32_t * potential; // [token][class][row]
+    int16_t * salient;   // [class][row][token]
+    int8_t *  values;    // [class][input][token]
+    uint8_t * lines;     // [input][64]
+    int64_t   job, first_token;
+
+    tile_scratch(char * memory, int64_t n_inputs) : job(-1), first_token(-1) {
+        potential = (int32_t *) memory;
+        memory   += aligned(2*TOKEN_BLOCK*SPIKE_TILE_ROWS*sizeof(int32_t));
+        salient   = (int16_t *) memory;
+        memory   += aligned(2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS);
+        values    = (int8_t *) memory;
+        memory   += aligned(2*TOKEN_BLOCK*(size_t) n_inputs);
+        lines     = (uint8_t *) memory;
+    }
+};
+
+// The tokens' values input by input, so that a salient weight adds one line of tokens.
+void transpose_values(const spike_train * const * trains, int64_t n_tokens, int64_t n_inputs, int8_t * values) {
+    memset(values, 0, (size_t) (2*TOKEN_BLOCK*n_inputs));
+    for (int k = 0; k < 2; k++) {
+        for (int64_t t = 0; t < n_tokens; t++) {
+            if (!trains[t]->largest[k]) {
+                continue;
+            }
+            const int8_t * value = spike_train_values(trains[t], n_inputs, k);
+            for (int64_t i = 0; i < n_inputs; i++) {
+                values[(k*n_inputs + i)*TOKEN_BLOCK + t] = value[i];
+            }
+        }
+    }
+}
+
+// Salient weights reach 16 codes further, up or down: add or subtract the input once more (times 16, in the readout).
+void add_salient_weights(const spike_layout & layout, const uint8_t * packed, int64_t tile, bool coarse, tile_scratch & s) {
+    const int64_t n_inputs = layout.n_inputs;
+    memset(s.salient, 0, 2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS);
+    for (int64_t b = 0; b < layout.n_blocks; b++) {
+        for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+            const uint8_t * salients = spike_salients_of_tile(&layout, packed, tile, b, slot);
+            for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+                const int extension = salients[r] >> 6;
+                if (extension != 1 && extension != 2) {
+                    continue;
+                }
+                const int64_t input = b*QK_SPK + (salients[r] & 63);
+                for (int k = 0; k <= (coarse ? 1 : 0); k++) {
+                    const int8_t * value = s.values + (k*n_inputs + input)*TOKEN_BLOCK;
+                    int16_t *      sum   = s.salient + (k*SPIKE_TILE_ROWS + r)*TOKEN_BLOCK;
+                    if (extension == 1) {
+                        for (int64_t t = 0; t < TOKEN_BLOCK; t++) {
+                            sum[t] = (int16_t) (sum[t] + value[t]);
+                        }
+                    } else {
+                        for (int64_t t = 0; t < TOKEN_BLOCK; t++) {
+                            sum[t] = (int16_t) (sum[t] - value[t]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <typename P>
+void compute_tile(const P & product, int64_t j, int64_t tile, int64_t t0, int64_t n_tokens, const spike_layout & layout,
+                  const char * all_trains, tile_scratch & s) {
+    const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
+    const spike_train * trains[TOKEN_BLOCK];
+    for (int64_t t = 0; t < n_tokens; t++) {
+        trains[t] = (const spike_train *) (all_trains + (size_t) product.get_token(j, t0 + t).column*spike_train_size(layout.n_inputs));
+    }
+    if (s.job != j || s.first_token != t0) {
+        transpose_values(trains, n_tokens, layout.n_inputs, s.values);
+        s.job         = j;
+        s.first_token = t0;
+    }
+
+    // side by side, the lines of a tile do not fight for the same cache sets
+    const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile);
+    for (int64_t i = 0; i < layout.n_inputs; i++) {
+        memcpy(s.lines + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
+    }
+    bool any_coarse = false;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const spike_train * train = trains[t];
+        spike_integrate_tile(s.lines, train, 0, s.potential + (2*t + 0)*SPIKE_TILE_ROWS);
+        if (train->largest[1]) {
+            spike_integrate_tile(s.lines, train, 1, s.potential + (2*t + 1)*SPIKE_TILE_ROWS);
+            any_coarse = true;
+        } else {
+            memset(s.potential + (2*t + 1)*SPIKE_TILE_ROWS, 0, SPIKE_TILE_ROWS*sizeof(int32_t));
+        }
+    }
+    add_salient_weights(layout, packed, tile, any_coarse, s);
+
+    const int64_t    row0    = tile*SPIKE_TILE_ROWS;
+    const int64_t    n_rows  = std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0);
+    const uint16_t * headers = spike_headers(&layout, packed) + row0;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const spike_train * train = trains[t];
+        float * output = product.get_token(j, t0 + t).output + row0;
+        for (int64_t r = 0; r < n_rows; r++) {
+            const int32_t zero_point = headers[r] & SPK4_ZERO_POINT;
+            const int32_t fine   = s.potential[(2*t + 0)*SPIKE_TILE_ROWS + r] + 16*s.salient[r*TOKEN_BLOCK + t] - zero_point*train->sum[0];
+            const int32_t coarse = s.potential[(2*t + 1)*SPIKE_TILE_ROWS + r] + 16*s.salient[(SPIKE_TILE_ROWS + r)*TOKEN_BLOCK + t] - zero_point*train->sum[1];
+            output[r] = spike_readout(spike_threshold_from_header(headers[r]), train->step, fine, coarse, train->coarse_unit);
+        }
+    }
+}
+
+// Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows.
+template <typename P, typename F>
+void for_each_unit(const ggml_compute_params * params, const P & product, int64_t n_row_blocks, F compute_unit) {
+    int64_t unit = params->ith; // the first nth units are taken without asking
+    int64_t before = 0;
+    for (int64_t j = 0; j < product.n_jobs(); j++) {
+        const int64_t n_tokens = product.get_job(j).n_tokens;
+        const int64_t n_units  = (n_tokens + TOKEN_BLOCK - 1)/TOKEN_BLOCK*n_row_blocks;
+        while (unit < before + n_units) {
+            const int64_t t0 = (unit - before)/n_row_blocks*TOKEN_BLOCK;
+            compute_unit(j, (unit - before) % n_row_blocks, t0, std::min(TOKEN_BLOCK, n_tokens - t0));
+            unit = ggml_threadpool_chunk_add(params->threadpool, 1);
+        }
+        before += n_units;
+    }
+}
+
+template <typename P>
+void integrate_tiles(const ggml_compute_params * params, const P & product, const ggml_tensor * src0, char * work, const work_layout & w) {
+    const spike_layout layout = spike_layout_of(src0->ne[0], src0->ne[1]);
+    tile_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
+    for_each_unit(params, product, layout.n_tiles, [&](int64_t j, int64_t tile, int64_t t0, int64_t n_tokens) {
+        compute_tile(product, j, tile, t0, n_tokens, layout, work + w.trains, scratch);
+    });
+}
+
+// Weights as stored: row by row, through the dot product.
+template <typename P>
+void dot_stored_rows(const ggml_compute_params * params, const P & product, const ggml_tensor * src0, char * work, const work_layout & w) {
+    const int64_t n_inputs = src0->ne[0], n_rows = src0->ne[1];
+    const block_spka * blocks = (const block_spka *) (work + w.blocks);
+    for_each_unit(params, product, (n_rows + STORED_ROWS - 1)/STORED_ROWS, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
+        const char * matrix = (const char *) product.get_job(j).matrix;
+        const int64_t r1 = std::min(n_rows, (row_block + 1)*STORED_ROWS);
+        for (int64_t t = t0; t < t0 + n_tokens; t++) {
+            const token tok = product.get_token(j, t);
+            for (int64_t r = row_block*STORED_ROWS; r < r1; r++) {
+                ggml_vec_dot_spk4_spka((int) n_inputs, tok.output + r, 0, matrix + (size_t) r*src0->nb[1], 0,
+                                       blocks + tok.column*(n_inputs/QK_SPK), 0, 1);
+            }
+        }
+    });
+}
+
+// Whether the inputs are to be rotated: as the first block of the weights says.
+bool is_rotated(const ggml_tensor * weights) {
+    uint16_t header;
+    if (form_of(weights) == weight_form::tiles) {
+        const spike_layout layout = spike_layout_of(weights->ne[0], weights->ne[1]);
+        header = spike_headers(&layout, (const uint8_t *) weights->data)[0];
+    } else {
+        header = ((const block_spk4 *) weights->data)->header;
+    }
+    return !(header & SPK4_NOT_ROTATED);
+}
+
+// Each thread encodes a contiguous range of src1's rows.
+void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
+    const ggml_tensor * src1 = op->src[1];
+    const int64_t n_inputs = src1->ne[0], n_columns = ggml_nrows(src1);
+    const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
+    const bool tiles = form_of(op->src[0]) == weight_form::tiles;
+    float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
+
+    for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
+        const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
+        const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
+        block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
+        if (src1->type == GGML_TYPE_SPKA) {
+            memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+        } else {
+            spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch);
+        }
+        if (tiles) {
+            spike_train_build(blocks, n_inputs, (spike_train *) (work + w.trains + (size_t) c*spike_train_size(n_inputs)));
+        }
+    }
+}
+
+template <typename P>
+void run_product(const ggml_compute_params * params, const P & product, const ggml_tensor * op, char * work, const work_layout & w) {
+    if (form_of(op->src[0]) == weight_form::tiles) {
+        integrate_tiles(params, product, op->src[0], work, w);
+    } else {
+        dot_stored_rows(params, product, op->src[0], work, w);
+    }
+}
+
+} // namespace
+
+bool computes(const ggml_tensor * op) {
+    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+        return false;
+    }
+    return op->src[0]->type == GGML_TYPE_SPK4 && (op->src[1]->type == GGML_TYPE_F32 || op->src[1]->type == GGML_TYPE_SPKA);
+}
+
+size_t work_size(const ggml_tensor * op, int n_threads) {
+    return layout_work(op, n_threads).size;
+}
+
+void compute(const ggml_compute_params * params, ggml_tensor * op) {
+    const ggml_tensor * src0 = op->src[0];
+    const ggml_tensor * src1 = op->src[1];
+    GGML_ASSERT(src1->nb[0] == ggml_type_size(src1->type) && op->nb[0] == sizeof(float));
+    GGML_ASSERT(src0->ne[0] == src1->ne[0] && src0->ne[0] % QK_SPK == 0);
+    const bool tiles = form_of(src0) == weight_form::tiles;
+
+    const work_layout w = layout_work(op, params->nth);
+    char * work = (char *) aligned((size_t) params->wdata);
+    GGML_ASSERT(params->wsize >= w.size);
+
+    const size_t matrix_stride = tiles ? spike_layout_of(src0->ne[0], src0->ne[1]).size : 0;
+    const bool   routed        = op->op == GGML_OP_MUL_MAT_ID;
+
+    encode_tokens(params, op, work, w);
+    if (params->ith == 0) {
+        if (routed) {
+            routed_product(op, matrix_stride, work + w.table).fill_table();
+        }
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    if (routed) {
+        run_product(params, routed_product(op, matrix_stride, work + w.table), op, work, w);
+    } else {
+        run_product(params, dense_product(op, matrix_stride), op, work, w);
+    }
+}
+
+} // namespace spike

@@ -1,0 +1,42 @@
+# SpikeQuant's own sources. Included by ggml/src/CMakeLists.txt.
+
+set(SPIKE_DIR ${CMAKE_CURRENT_LIST_DIR})
+
+if (NOT SPIKEQUANT_PIN OR NOT SPIKEQUANT_PATCH_ID)
+    message(FATAL_ERROR "SpikeQuant: build through `spikequant build`, which sets SPIKEQUANT_PIN and SPIKEQUANT_PATCH_ID")
+endif()
+
+# Potentials are integers and readouts a fixed sequence of roundings: a contracted multiply-add would change bits.
+if (NOT MSVC)
+    set(SPIKE_COMPILE_OPTIONS -ffp-contract=off)
+endif()
+
+function(spike_add_sources target)
+    target_sources(${target} PRIVATE ${ARGN})
+    set_source_files_properties(${ARGN} PROPERTIES COMPILE_OPTIONS "${SPIKE_COMPILE_OPTIONS}")
+endfunction()
+
+function(spike_add_reference target)
+    spike_add_sources(${target}
+        ${SPIKE_DIR}/spike-about.c
+        ${SPIKE_DIR}/spike-activations.c
+        ${SPIKE_DIR}/spike-rotation.c
+        ${SPIKE_DIR}/spike-settings.c
+        ${SPIKE_DIR}/spike-validate.c
+        ${SPIKE_DIR}/spike-weights.c)
+    set_source_files_properties(${SPIKE_DIR}/spike-about.c PROPERTIES COMPILE_DEFINITIONS
+        "SPIKEQUANT_PIN=\"${SPIKEQUANT_PIN}\";SPIKEQUANT_PATCH_ID=\"${SPIKEQUANT_PATCH_ID}\"")
+endfunction()
+
+function(spike_add_cpu_backend target)
+    spike_add_sources(${target}
+        ${SPIKE_DIR}/cpu/spike-buffer.cpp
+        ${SPIKE_DIR}/cpu/spike-integrate.c
+        ${SPIKE_DIR}/cpu/spike-layout.c
+        ${SPIKE_DIR}/cpu/spike-matmul.cpp
+        ${SPIKE_DIR}/cpu/spike-potentials.c
+        ${SPIKE_DIR}/cpu/spike-train.c
+        # here rather than in ggml-base: this library is compiled for the machine's instruction set
+        ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
+        ${SPIKE_DIR}/quantizer/spike-moments.cpp)
+endfunction()

@@ -1,0 +1,100 @@
+// SPK4 and SPKA in ggml-base: reference quantizer, encoder, decoder and validation.
+// All float arithmetic is IEEE single precision in the written order, without contraction, so that every build
+// gives the bytes of the NumPy reference (spikequant_gguf/codec.py).
+#pragma once
+
+#include "ggml.h"
+#include "spike-format.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- what this build is
+
+GGML_API int          spikequant_abi(void);      // changes with any incompatible change of this header
+GGML_API const char * spikequant_pin(void);      // llama-cpp-python release that the patch was applied to
+GGML_API const char * spikequant_patch_id(void); // hash of pin, patch series and sources
+
+// Nearest integer, ties to even, for |x| < 2^22. Unlike rintf it needs no SSE4.1 and no call.
+static inline float spike_round(float x) {
+    const float shifter = 12582912.0f; // 1.5 * 2^23
+    return (x + shifter) - shifter;
+}
+
+// ---- rotation
+
+// Walsh-Hadamard transform of 64 values in place, normalized by 1/8: its own inverse.
+GGML_API void spike_rotate_block(float * x);
+
+// ---- weights (spike-weights.c)
+
+// Rows of k weights; k is a multiple of 64 and one call is one row.
+GGML_API void quantize_row_spk4_ref(const float * x, block_spk4 * y, int64_t k);
+GGML_API void dequantize_row_spk4(const block_spk4 * x, float * y, int64_t k);
+
+// importance: n_per_row weights of the squared error, per input channel of the *unrotated* basis, or NULL.
+// Returns the number of bytes written.
+GGML_API size_t quantize_spk4(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * importance);
+
+// Nearest value of the threshold grid (what the header of a block can hold).
+GGML_API float spike_threshold_on_grid(float threshold);
+GGML_API float spike_threshold_from_header(uint16_t header);
+GGML_API uint16_t spike_threshold_to_header(float threshold_on_grid);
+
+// The threshold (on the grid) and zero-point of least squared error for a row in its stored basis, each element's error
+// weighted by importance, with the n_salient largest magnitudes of every block free to use extended codes.
+GGML_API void spike_search_row(const float * weights, const float * importance, int64_t n, int n_salient,
+                               float * threshold, float * zero_point);
+
+// Packs 64 integer weights (at most two outside 0..15 above -zero_point, which become salient) into a block.
+GGML_API void spike_store_codes(const float values[QK_SPK], float threshold_on_grid, int zero_point, bool rotated, block_spk4 * y);
+
+// Unpacks a block to its signed integer weights, code + extension - zero_point (-31..31).
+GGML_API void spike_weight_values(const block_spk4 * x, int8_t values[QK_SPK]);
+
+// ---- activations (spike-activations.c)
+
+typedef struct {
+    float   salience;   // c: the step is c * MAD / 7.5
+    float   silence;    // values below silence * step are silent
+    int32_t zero_point; // of the standard 4-bit range
+    bool    rotated;
+} spike_encoder_params;
+
+GGML_API spike_encoder_params spike_encoder_defaults(void);
+
+// One token of n values. scratch: room for 2*n floats.
+GGML_API void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch);
+GGML_API void spike_encode_activations(const float * x, block_spka * y, int64_t n, float salience, float silence, int zero_point, int rotated);
+
+GGML_API void quantize_row_spka_ref(const float * x, block_spka * y, int64_t k); // the defaults
+GGML_API void dequantize_row_spka(const block_spka * x, float * y, int64_t k);
+
+// Unpacks a block to integer values in units of the step (fine) and of step * 2^shift (coarse); one of the two is 0.
+GGML_API void spike_activation_values(const block_spka * x, int8_t fine[QK_SPK], int8_t coarse[QK_SPK]);
+
+// Puts the thresholds that the metadata names for a weight tensor into its op_params: salience, silence (f32).
+struct gguf_context;
+GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata, struct ggml_tensor * weights);
+
+// ---- validation (spike-validate.c): every bit pattern is valid or rejected
+
+// NULL if the block alone is valid, else what is wrong with it.
+GGML_API const char * spike_check_weights(const block_spk4 * x);
+GGML_API const char * spike_check_activations(const block_spka * x);
+
+// The hook of ggml_validate_row_data, which knows no row length: blocks one by one.
+GGML_API bool spike_validate_weights(const void * data, size_t n_blocks);
+GGML_API bool spike_validate_activations(const void * data, size_t n_blocks);
+
+// A whole tensor: blocks, uniform headers in each row, one rotation flag. Reports the first fault by row and block.
+GGML_API bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows);
+
+#ifdef __cplusplus
+}
+#endif
