@@ -9,45 +9,33 @@
 
 static const float SMALLEST_STEP = 7.8886090522101181e-31f; // 2^-100: below, everything is silence
 
+static const int32_t INFINITE_BITS = 0x7F800000;
+
 spike_encoder_params spike_encoder_defaults(void) {
     return (spike_encoder_params) { 2.3f, 0.5f, 8, true };
 }
 
-// The element of the given rank (from 0) among n keys. Keys are reordered.
-static uint32_t select_rank(uint32_t * keys, int64_t n, int64_t rank) {
-    int64_t lo = 0;
-    int64_t hi = n - 1;
-    while (lo < hi) {
-        // median of three, then Hoare's partition: equal keys split evenly
-        const uint32_t a = keys[lo];
-        const uint32_t b = keys[lo + (hi - lo)/2];
-        const uint32_t c = keys[hi];
-        const uint32_t pivot = a < b ? (b < c ? b : (a < c ? c : a)) : (a < c ? a : (b < c ? c : b));
-        int64_t i = lo - 1;
-        int64_t j = hi + 1;
-        for (;;) {
-            do { i++; } while (keys[i] < pivot);
-            do { j--; } while (keys[j] > pivot);
-            if (i >= j) {
-                break;
-            }
-            const uint32_t swapped = keys[i];
-            keys[i] = keys[j];
-            keys[j] = swapped;
+// The element of the given rank (from 0) among n keys below 2^31: bit by bit, the largest value that at most
+// rank keys lie below. 31 sweeps without a branch, faster than a selection that has to move keys.
+SPIKE_CLONES static int32_t select_rank(const int32_t * keys, int64_t n, int64_t rank) {
+    int32_t found = 0;
+    for (int32_t bit = 1 << 30; bit > 0; bit >>= 1) {
+        const int32_t trial = found | bit;
+        int32_t below = 0;
+        for (int64_t i = 0; i < n; i++) {
+            below += keys[i] < trial;
         }
-        if (rank <= j) {
-            hi = j;
-        } else {
-            lo = j + 1;
+        if (below <= rank) {
+            found = trial;
         }
     }
-    return keys[lo];
+    return found;
 }
 
-static uint32_t magnitude_bits(float x) {
-    uint32_t u;
+static inline int32_t magnitude_bits(float x) {
+    int32_t u;
     memcpy(&u, &x, sizeof(u));
-    return u & 0x7FFFFFFFu;
+    return u & 0x7FFFFFFF;
 }
 
 static void encode_nothing(block_spka * y, int64_t n_blocks, const spike_encoder_params * params, float threshold) {
@@ -68,31 +56,36 @@ static float quiet_nan(void) {
     return x;
 }
 
-void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch) {
+SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
+                                     int8_t * values) {
     const int64_t n_blocks = n/QK_SPK;
-    float    * v    = scratch;
-    uint32_t * keys = (uint32_t *) (scratch + n);
+    float   * v    = scratch;
+    int32_t  * keys = (int32_t *) (scratch + n);
 
     memcpy(v, x, (size_t) n*sizeof(float));
-    bool finite = true;
+    int32_t largest_input = 0;
     for (int64_t i = 0; i < n; i++) {
-        finite = finite && isfinite(v[i]);
+        const int32_t bits = magnitude_bits(v[i]);
+        largest_input = bits > largest_input ? bits : largest_input;
     }
     if (params->rotated) {
         for (int64_t b = 0; b < n_blocks; b++) {
             spike_rotate_block(v + b*QK_SPK);
         }
     }
-    uint32_t top_bits = 0;
+    int32_t top_bits = 0;
     for (int64_t i = 0; i < n; i++) {
         keys[i]  = magnitude_bits(v[i]); // of floats without sign the bits sort as the values do
         top_bits = keys[i] > top_bits ? keys[i] : top_bits;
     }
-    if (!finite || top_bits >= 0x7F800000u) {
+    if (largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
         encode_nothing(y, n_blocks, params, quiet_nan());
+        if (values) {
+            memset(values, 0, 2*(size_t) n);
+        }
         return;
     }
-    const uint32_t mad_bits = select_rank(keys, n, n/2);
+    const int32_t mad_bits = select_rank(keys, n, n/2);
     float mad, top;
     memcpy(&mad, &mad_bits, sizeof(mad));
     memcpy(&top, &top_bits, sizeof(top));
@@ -132,6 +125,12 @@ void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_
         for (int i = 0; i < QK_SPK; i++) {
             nibble[i] = (uint8_t) standard_code[i];
         }
+        if (values) {
+            for (int i = 0; i < QK_SPK; i++) {
+                values[b*QK_SPK + i] = (int8_t) (standard_code[i] - params->zero_point);
+            }
+            memset(values + n + b*QK_SPK, 0, QK_SPK);
+        }
         // then those that a fifth bit brings nearer
         uint64_t salient_mask = 0, fifth_bits = 0, coarse_mask = 0;
         for (int i = 0; i < QK_SPK; i++) {
@@ -157,6 +156,10 @@ void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_
             salient_mask |= bit;
             fifth_bits   |= stored & 16 ? bit : 0;
             coarse_mask  |= fine ? 0 : bit;
+            if (values) {
+                values[b*QK_SPK + i]     = (int8_t) (fine ? (int) code : 0);
+                values[n + b*QK_SPK + i] = (int8_t) (fine ? 0 : (int) code);
+            }
         }
         y[b].threshold    = step;
         y[b].zero_point   = (uint8_t) params->zero_point;
@@ -180,7 +183,7 @@ void spike_encode_activations(const float * x, block_spka * y, int64_t n, float 
     const spike_encoder_params params = { salience, silence, zero_point, rotated != 0 };
     float * scratch = malloc(2*(size_t) n*sizeof(float));
     GGML_ASSERT(scratch != NULL);
-    spike_encode_token(x, y, n, &params, scratch);
+    spike_encode_token(x, y, n, &params, scratch, NULL);
     free(scratch);
 }
 

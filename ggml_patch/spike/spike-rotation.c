@@ -1,7 +1,7 @@
 // The rotation that spreads outlier channels over a block.
 #include "spike.h"
 
-void spike_rotate_block(float * x) {
+SPIKE_CLONES void spike_rotate_block(float * x) {
     // The order of the stages is part of the format: it fixes the rounding.
     for (int h = 1; h < QK_SPK; h *= 2) {
         for (int i = 0; i < QK_SPK; i += 2*h) {

@@ -91,7 +91,7 @@ static void mark_largest(const float * w, int n_salient, float reach[QK_SPK]) {
 }
 
 // The least weighted squared error among 60 candidates.
-void spike_search_row(const float * w, const float * importance, int64_t n, int n_salient, float * best_threshold, float * best_zero_point) {
+SPIKE_CLONES void spike_search_row(const float * w, const float * importance, int64_t n, int n_salient, float * best_threshold, float * best_zero_point) {
     float reach[QK_SPK];
     float smallest = INFINITY;
     float largest  = -INFINITY;
@@ -175,7 +175,8 @@ static void encode_block(const float * w, row_scale scale, block_spk4 * y) {
         code[i] = clamp(wide[i], lo, hi);
         const float clamped  = scale.threshold*code[i] - w[i];
         const float extended = scale.threshold*wide[i] - w[i];
-        gain[i] = wide[i] == code[i] ? 0.0f : clamped*clamped - extended*extended;
+        const float gained   = clamped*clamped - extended*extended;
+        gain[i] = wide[i] != code[i] && gained > 0.0f ? gained : 0.0f; // not NaN, of huge weights
     }
     for (int s = 0; s < SPIKE_SALIENT_SLOTS; s++) {
         int best = 0;

@@ -20,6 +20,14 @@ GGML_API int          spikequant_abi(void);      // changes with any incompatibl
 GGML_API const char * spikequant_pin(void);      // llama-cpp-python release that the patch was applied to
 GGML_API const char * spikequant_patch_id(void); // hash of pin, patch series and sources
 
+// Compiles a function for several instruction sets and picks one when the library loads. The clones round alike:
+// the sources are built without contraction, and no loop reorders a float sum.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#    define SPIKE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#    define SPIKE_CLONES
+#endif
+
 // Nearest integer, ties to even, for |x| < 2^22. Unlike rintf it needs no SSE4.1 and no call.
 static inline float spike_round(float x) {
     const float shifter = 12582912.0f; // 1.5 * 2^23
@@ -68,8 +76,10 @@ typedef struct {
 
 GGML_API spike_encoder_params spike_encoder_defaults(void);
 
-// One token of n values. scratch: room for 2*n floats.
-GGML_API void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch);
+// One token of n values. scratch: room for 2*n floats. values: NULL, or room for what spike_activation_values would give,
+// first n fine and then n coarse ones.
+GGML_API void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
+                                 int8_t * values);
 GGML_API void spike_encode_activations(const float * x, block_spka * y, int64_t n, float salience, float silence, int zero_point, int rotated);
 
 GGML_API void quantize_row_spka_ref(const float * x, block_spka * y, int64_t k); // the defaults

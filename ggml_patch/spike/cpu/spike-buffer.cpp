@@ -175,7 +175,3 @@ ggml_backend_buffer_type_t ggml_backend_cpu_spike_buffer_type(void) {
     };
     return &type;
 }
-
-const char * spikequant_kernel(void) {
-    return "plain C";
-}

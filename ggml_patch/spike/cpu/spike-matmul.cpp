@@ -2,7 +2,7 @@
 
 #include "ggml-impl.h"
 #include "spike-cpu.h"
-#include "spike-integrate.h"
+#include "spike-kernels.h"
 #include "spike-potentials.h"
 
 #include <algorithm>
@@ -12,6 +12,7 @@ namespace spike {
 namespace {
 
 constexpr int64_t TOKEN_BLOCK  = 32; // tokens that share a tile's lines and salient weights while they are in cache
+constexpr int64_t FEW_TOKENS   = 2;  // read their lines where they lie; more tokens have the tile's lines copied together
 constexpr int64_t STORED_ROWS  = 64; // rows per unit of work on the slow path
 constexpr size_t  ALIGNMENT    = 64;
 
@@ -128,12 +129,35 @@ struct work_layout {
     size_t size;
 };
 
-size_t tile_scratch_size(int64_t n_inputs) {
-    return aligned(2*TOKEN_BLOCK*SPIKE_TILE_ROWS*sizeof(int32_t))  // potentials
-         + aligned(2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS)  // salient sums
-         + aligned(2*TOKEN_BLOCK*(size_t) n_inputs)                // values by input
-         + (size_t) n_inputs*SPIKE_LINE_BYTES;                     // lines of a tile
-}
+// What a thread keeps while it serves one block of tokens.
+struct tile_scratch {
+    int32_t *  potential; // [token][class][row]
+    int8_t *   values;    // [class][input][token]
+    uint8_t *  lines;     // [input][64], and a line of zeros
+    uint32_t * offsets;   // [token][spike], of lines in a strip
+
+    // what values and offsets belong to
+    int64_t job = -1, first_token = -1;
+    size_t  stride = 0;
+
+    tile_scratch(char * memory, int64_t n_inputs) {
+        take(memory, potential, TOKEN_BLOCK*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+        take(memory, values, SPIKE_CLASSES*n_inputs*TOKEN_BLOCK);
+        take(memory, lines, (n_inputs + 1)*SPIKE_LINE_BYTES);
+        take(memory, offsets, FEW_TOKENS*spike_max_spikes(n_inputs));
+    }
+
+    static size_t size(int64_t n_inputs) {
+        tile_scratch scratch(nullptr, n_inputs);
+        return (size_t) ((char *) (scratch.offsets + FEW_TOKENS*spike_max_spikes(n_inputs)) - (char *) nullptr) + ALIGNMENT;
+    }
+
+  private:
+    template <typename T> static void take(char *& memory, T *& array, int64_t n) {
+        array   = (T *) memory;
+        memory += aligned((size_t) n*sizeof(T));
+    }
+};
 
 work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_inputs  = op->src[0]->ne[0];
@@ -143,7 +167,7 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     w.trains  = aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
     w.table   = w.trains + (size_t) n_columns*spike_train_size(n_inputs);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
-    w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), tile_scratch_size(n_inputs));
+    w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), aligned(tile_scratch::size(n_inputs)));
     w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
     return w;
 }
@@ -170,34 +194,22 @@ spike_encoder_params encoder_params_of(const ggml_tensor * weights, bool rotated
 
 // ---- tiles
 
-// What a thread keeps while it serves one block of tokens.
-struct tile_scratch {
-    int32_t * potential; // [token][class][row]
-    int16_t * salient;   // [class][row][token]
-    int8_t *  values;    // [class][input][token]
-    uint8_t * lines;     // [input][64]
-    int64_t   job, first_token;
-
-    tile_scratch(char * memory, int64_t n_inputs) : job(-1), first_token(-1) {
-        potential = (int32_t *) memory;
-        memory   += aligned(2*TOKEN_BLOCK*SPIKE_TILE_ROWS*sizeof(int32_t));
-        salient   = (int16_t *) memory;
-        memory   += aligned(2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS);
-        values    = (int8_t *) memory;
-        memory   += aligned(2*TOKEN_BLOCK*(size_t) n_inputs);
-        lines     = (uint8_t *) memory;
-    }
+// The tokens of a block.
+struct token_block {
+    int64_t             n;
+    const spike_train * trains[TOKEN_BLOCK];
+    float *             outputs[TOKEN_BLOCK];
 };
 
 // The tokens' values input by input, so that a salient weight adds one line of tokens.
-void transpose_values(const spike_train * const * trains, int64_t n_tokens, int64_t n_inputs, int8_t * values) {
-    memset(values, 0, (size_t) (2*TOKEN_BLOCK*n_inputs));
-    for (int k = 0; k < 2; k++) {
-        for (int64_t t = 0; t < n_tokens; t++) {
-            if (!trains[t]->largest[k]) {
+void transpose_values(const token_block & tokens, int64_t n_inputs, int8_t * values) {
+    memset(values, 0, (size_t) (SPIKE_CLASSES*n_inputs*TOKEN_BLOCK));
+    for (int k = 0; k < SPIKE_CLASSES; k++) {
+        for (int64_t t = 0; t < tokens.n; t++) {
+            if (!tokens.trains[t]->fires[k]) {
                 continue;
             }
-            const int8_t * value = spike_train_values(trains[t], n_inputs, k);
+            const int8_t * value = spike_train_values(tokens.trains[t], n_inputs, k);
             for (int64_t i = 0; i < n_inputs; i++) {
                 values[(k*n_inputs + i)*TOKEN_BLOCK + t] = value[i];
             }
@@ -205,82 +217,141 @@ void transpose_values(const spike_train * const * trains, int64_t n_tokens, int6
     }
 }
 
-// Salient weights reach 16 codes further, up or down: add or subtract the input once more (times 16, in the readout).
-void add_salient_weights(const spike_layout & layout, const uint8_t * packed, int64_t tile, bool coarse, tile_scratch & s) {
-    const int64_t n_inputs = layout.n_inputs;
-    memset(s.salient, 0, 2*TOKEN_BLOCK*sizeof(int16_t)*SPIKE_TILE_ROWS);
-    for (int64_t b = 0; b < layout.n_blocks; b++) {
-        for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            const uint8_t * salients = spike_salients_of_tile(&layout, packed, tile, b, slot);
-            for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
-                const int extension = salients[r] >> 6;
-                if (extension != 1 && extension != 2) {
-                    continue;
-                }
-                const int64_t input = b*QK_SPK + (salients[r] & 63);
-                for (int k = 0; k <= (coarse ? 1 : 0); k++) {
-                    const int8_t * value = s.values + (k*n_inputs + input)*TOKEN_BLOCK;
-                    int16_t *      sum   = s.salient + (k*SPIKE_TILE_ROWS + r)*TOKEN_BLOCK;
-                    if (extension == 1) {
-                        for (int64_t t = 0; t < TOKEN_BLOCK; t++) {
-                            sum[t] = (int16_t) (sum[t] + value[t]);
-                        }
-                    } else {
-                        for (int64_t t = 0; t < TOKEN_BLOCK; t++) {
-                            sum[t] = (int16_t) (sum[t] - value[t]);
-                        }
-                    }
+void add_line_of_tokens(int16_t * sum, const int8_t * values, bool subtract) {
+    for (int64_t t = 0; t < TOKEN_BLOCK; t++) {
+        sum[t] = (int16_t) (subtract ? sum[t] - values[t] : sum[t] + values[t]);
+    }
+}
+
+// Salient weights reach 16 codes further, up or down: their inputs enter the potential 16 times more.
+void add_salient_by_lines(const uint8_t * salients, const spike_layout & layout, int spike_class, int64_t n_tokens, tile_scratch & s) {
+    const int8_t * values = s.values + spike_class*layout.n_inputs*TOKEN_BLOCK;
+    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+        int16_t sum[TOKEN_BLOCK] = { 0 };
+        for (int64_t b = 0; b < layout.n_blocks; b++) {
+            for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+                const uint8_t salient = salients[(b*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS + r];
+                const int     sign    = salient >> 6;
+                if (sign == 1 || sign == 2) {
+                    add_line_of_tokens(sum, values + (b*QK_SPK + (salient & 63))*TOKEN_BLOCK, sign == 2);
                 }
             }
+        }
+        for (int64_t t = 0; t < n_tokens; t++) {
+            s.potential[(t*SPIKE_CLASSES + spike_class)*SPIKE_TILE_ROWS + r] += 16*sum[t];
+        }
+    }
+}
+
+void add_salient_by_tokens(const uint8_t * salients, const spike_layout & layout, int spike_class, const token_block & tokens, tile_scratch & s) {
+    for (int64_t t = 0; t < tokens.n; t++) {
+        if (!tokens.trains[t]->fires[spike_class]) {
+            continue;
+        }
+        int16_t   sum[SPIKE_TILE_ROWS];
+        int32_t * potential = s.potential + (t*SPIKE_CLASSES + spike_class)*SPIKE_TILE_ROWS;
+        spike_select_kernels()->add_salient(salients, spike_train_values(tokens.trains[t], layout.n_inputs, spike_class), layout.n_blocks, sum);
+        for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+            potential[r] += 16*sum[r];
+        }
+    }
+}
+
+// Offsets of the lines that fire where the lines of several tiles are interleaved.
+void scale_offsets(const spike_train * train, int64_t n_inputs, size_t stride, uint32_t * scaled) {
+    const uint32_t   width   = (uint32_t) (stride/SPIKE_LINE_BYTES);
+    const uint32_t * offsets = spike_train_offsets(train, n_inputs);
+    for (uint32_t e = 0; e < train->n_spikes; e++) {
+        scaled[e] = offsets[e]*width;
+    }
+}
+
+void integrate_token(const uint8_t * lines, const spike_train * train, const uint32_t * offsets, int64_t n_chunks, int32_t * potential) {
+    memset(potential, 0, SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+    for (int64_t c = 0; c < n_chunks; c++) {
+        for (int k = 0; k < SPIKE_CLASSES; k++) {
+            spike_select_kernels()->integrate(lines, spike_train_program(train, k, c), offsets, potential + k*SPIKE_TILE_ROWS);
+        }
+    }
+}
+
+void integrate_tokens(const spike_layout & layout, const spike_tile_lines & lines, const token_block & tokens, tile_scratch & s) {
+    const int64_t n_inputs = layout.n_inputs, n_chunks = spike_chunks(n_inputs);
+    const bool few = tokens.n <= FEW_TOKENS;
+    if (!few) {
+        // side by side, the lines of a tile do not fight for the same cache sets
+        for (int64_t i = 0; i <= n_inputs; i++) {
+            memcpy(s.lines + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
+        }
+    } else if (s.stride != lines.stride) {
+        for (int64_t t = 0; t < tokens.n; t++) {
+            scale_offsets(tokens.trains[t], n_inputs, lines.stride, s.offsets + t*spike_max_spikes(n_inputs));
+        }
+        s.stride = lines.stride;
+    }
+    for (int64_t t = 0; t < tokens.n; t++) {
+        const uint32_t * offsets = few ? s.offsets + t*spike_max_spikes(n_inputs) : spike_train_offsets(tokens.trains[t], n_inputs);
+        integrate_token(few ? lines.first : s.lines, tokens.trains[t], offsets, n_chunks, s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+    }
+}
+
+// Potentials to outputs. Kernels count every code from 8; the row's own zero-point makes up for the difference.
+void read_out(const token_block & tokens, const uint16_t * headers, int64_t row0, int64_t n_rows, const int32_t * potential) {
+    float   threshold[SPIKE_TILE_ROWS];
+    int32_t offset[SPIKE_TILE_ROWS];
+    for (int64_t r = 0; r < n_rows; r++) {
+        threshold[r] = spike_threshold_from_header(headers[r]);
+        offset[r]    = (headers[r] & SPK4_ZERO_POINT) - 8;
+    }
+    for (int64_t t = 0; t < tokens.n; t++) {
+        const spike_train * train  = tokens.trains[t];
+        const int32_t *     fine   = potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
+        const int32_t *     coarse = fine + SPIKE_TILE_ROWS;
+        float *             output = tokens.outputs[t] + row0;
+        for (int64_t r = 0; r < n_rows; r++) {
+            output[r] = spike_readout(threshold[r], train->threshold, fine[r] - offset[r]*train->sum[0],
+                                      coarse[r] - offset[r]*train->sum[1], train->coarse_unit);
         }
     }
 }
 
 template <typename P>
 void compute_tile(const P & product, int64_t j, int64_t tile, int64_t t0, int64_t n_tokens, const spike_layout & layout,
-                  const char * all_trains, tile_scratch & s) {
+                  const char * trains, tile_scratch & s) {
     const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
-    const spike_train * trains[TOKEN_BLOCK];
+    token_block tokens;
+    tokens.n = n_tokens;
+    const bool by_lines = n_tokens >= spike_select_kernels()->tokens_for_lines;
+    bool fires[SPIKE_CLASSES] = { false, false };
     for (int64_t t = 0; t < n_tokens; t++) {
-        trains[t] = (const spike_train *) (all_trains + (size_t) product.get_token(j, t0 + t).column*spike_train_size(layout.n_inputs));
+        const token tok   = product.get_token(j, t0 + t);
+        tokens.trains[t]  = (const spike_train *) (trains + (size_t) tok.column*spike_train_size(layout.n_inputs));
+        tokens.outputs[t] = tok.output;
+        for (int k = 0; k < SPIKE_CLASSES; k++) {
+            fires[k] = fires[k] || tokens.trains[t]->fires[k];
+        }
     }
     if (s.job != j || s.first_token != t0) {
-        transpose_values(trains, n_tokens, layout.n_inputs, s.values);
+        if (by_lines) {
+            transpose_values(tokens, layout.n_inputs, s.values);
+        }
         s.job         = j;
         s.first_token = t0;
+        s.stride      = 0;
     }
 
-    // side by side, the lines of a tile do not fight for the same cache sets
-    const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile);
-    for (int64_t i = 0; i < layout.n_inputs; i++) {
-        memcpy(s.lines + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
-    }
-    bool any_coarse = false;
-    for (int64_t t = 0; t < n_tokens; t++) {
-        const spike_train * train = trains[t];
-        spike_integrate_tile(s.lines, train, 0, s.potential + (2*t + 0)*SPIKE_TILE_ROWS);
-        if (train->largest[1]) {
-            spike_integrate_tile(s.lines, train, 1, s.potential + (2*t + 1)*SPIKE_TILE_ROWS);
-            any_coarse = true;
-        } else {
-            memset(s.potential + (2*t + 1)*SPIKE_TILE_ROWS, 0, SPIKE_TILE_ROWS*sizeof(int32_t));
+    integrate_tokens(layout, spike_lines_of_tile(&layout, packed, tile), tokens, s);
+    const uint8_t * salients = spike_salients_of_tile(&layout, packed, tile, 0, 0);
+    for (int k = 0; k < SPIKE_CLASSES; k++) {
+        if (fires[k] && by_lines) {
+            add_salient_by_lines(salients, layout, k, n_tokens, s);
+        } else if (fires[k]) {
+            add_salient_by_tokens(salients, layout, k, tokens, s);
         }
     }
-    add_salient_weights(layout, packed, tile, any_coarse, s);
-
-    const int64_t    row0    = tile*SPIKE_TILE_ROWS;
-    const int64_t    n_rows  = std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0);
-    const uint16_t * headers = spike_headers(&layout, packed) + row0;
-    for (int64_t t = 0; t < n_tokens; t++) {
-        const spike_train * train = trains[t];
-        float * output = product.get_token(j, t0 + t).output + row0;
-        for (int64_t r = 0; r < n_rows; r++) {
-            const int32_t zero_point = headers[r] & SPK4_ZERO_POINT;
-            const int32_t fine   = s.potential[(2*t + 0)*SPIKE_TILE_ROWS + r] + 16*s.salient[r*TOKEN_BLOCK + t] - zero_point*train->sum[0];
-            const int32_t coarse = s.potential[(2*t + 1)*SPIKE_TILE_ROWS + r] + 16*s.salient[(SPIKE_TILE_ROWS + r)*TOKEN_BLOCK + t] - zero_point*train->sum[1];
-            output[r] = spike_readout(spike_threshold_from_header(headers[r]), train->step, fine, coarse, train->coarse_unit);
-        }
-    }
+    const int64_t row0   = tile*SPIKE_TILE_ROWS;
+    const int64_t n_rows = std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0);
+    read_out(tokens, spike_headers(&layout, packed) + row0, row0, n_rows, s.potential);
 }
 
 // Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows.
@@ -351,13 +422,18 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
         const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
         const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
         block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
+        spike_train * train  = (spike_train *) (work + w.trains + (size_t) c*spike_train_size(n_inputs));
+        int8_t *      values = tiles ? spike_train_values_to_fill(train, n_inputs) : nullptr;
         if (src1->type == GGML_TYPE_SPKA) {
             memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+            for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
+                spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+            }
         } else {
-            spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch);
+            spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
         }
         if (tiles) {
-            spike_train_build(blocks, n_inputs, (spike_train *) (work + w.trains + (size_t) c*spike_train_size(n_inputs)));
+            spike_train_build(blocks, n_inputs, train);
         }
     }
 }

@@ -1,4 +1,8 @@
 // A token as a spike train: for each input at most one spike, its time the larger the earlier.
+//
+// The train is cut into programs, one for each class of spikes and chunk of inputs. A program walks down the time axis,
+// one step per magnitude: first the inputs that fire then (those with positive sign, then those with negative), then every
+// potential grows by its current. Magnitude m fires at time 16 - m.
 #pragma once
 
 #include "spike/spike.h"
@@ -8,27 +12,70 @@ extern "C" {
 #endif
 
 #define SPIKE_MAX_MAGNITUDE 16
+#define SPIKE_CLASSES       2  // 0 standard and finely salient values, 1 coarse ones
+#define SPIKE_LIST_UNIT     4  // lists are padded to a multiple of it, with the line of zeros
+#define SPIKE_CHUNK_BLOCKS  63 // inputs per program: 4032
 
-// Lists of inputs by class (0 fine, 1 coarse), spike time and sign. Magnitude m fires at time 16 - m.
+// Kernels keep potentials in 16-bit lanes, as sums of code * steps modulo 2^16. With every code taken as 8 more than a
+// signed one, a potential lies within 8*B of 8*C, where B counts a step for every spike that has fired so far, and C does
+// the same with signs. B never passes 4095: before a step that would, the potentials move to 32 bits (a spill) and start
+// again from zero, while the currents stay. A single step adds at most one per input of the chunk, 4032.
+// |potential - 8*C| <= 8*4095 = 32760 < 2^15, so that the difference in 16 bits is the true one.
+#define SPIKE_MAX_STEPS_COUNTED 4095
+
 typedef struct {
-    float    step;
-    float    coarse_unit;  // 2^salient_shift
-    int32_t  sum[2];       // of all signed magnitudes, for the zero-point's share; 0 fine, 1 coarse
-    int32_t  largest[2];   // magnitude of the first spike, 0 if none
-    uint32_t count[2][SPIKE_MAX_MAGNITUDE + 1][2]; // [class][magnitude][0 positive, 1 negative]
+    uint16_t n_positive; // lengths of the two lists, padded
+    uint16_t n_negative;
+    int16_t  spill;      // whether the potentials move to 32 bits after this step; always after the last
+    int16_t  correction; // 8*C at a spill
+} spike_step;
+
+typedef struct {
+    int32_t    n_steps; // from the largest magnitude down to 1; 0 if nothing fires
+    uint32_t   first;   // where its lists start
+    spike_step steps[SPIKE_MAX_MAGNITUDE];
+} spike_program;
+
+typedef struct {
+    float    threshold;           // the token's step s
+    float    coarse_unit;         // 2^salient_shift
+    int32_t  sum[SPIKE_CLASSES];  // of all signed magnitudes: the zero-point's share
+    int32_t  fires[SPIKE_CLASSES]; // whether any input does
+    uint32_t n_spikes;            // length of all lists
+    uint32_t reserved;
 } spike_train;
 
-// The lists follow the struct: class 0 then 1, magnitudes descending, positive then negative.
-static inline const uint32_t * spike_train_inputs(const spike_train * train) {
-    return (const uint32_t *) (train + 1);
+static inline int64_t spike_chunks(int64_t n_inputs) {
+    return (n_inputs/QK_SPK + SPIKE_CHUNK_BLOCKS - 1)/SPIKE_CHUNK_BLOCKS;
 }
 
-// Then the signed magnitudes of all inputs of class 0, and of class 1.
+// Program of a class and chunk.
+static inline const spike_program * spike_train_program(const spike_train * train, int spike_class, int64_t chunk) {
+    return (const spike_program *) (train + 1) + chunk*SPIKE_CLASSES + spike_class;
+}
+
+// Room for all lists, padding included.
+static inline int64_t spike_max_spikes(int64_t n_inputs) {
+    return n_inputs + spike_chunks(n_inputs)*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1);
+}
+
+// Byte offsets of the lines that fire, for tiles whose lines lie one after the other.
+static inline const uint32_t * spike_train_offsets(const spike_train * train, int64_t n_inputs) {
+    return (const uint32_t *) spike_train_program(train, 0, spike_chunks(n_inputs));
+}
+
+// Signed magnitudes of all inputs of a class.
 static inline const int8_t * spike_train_values(const spike_train * train, int64_t n_inputs, int spike_class) {
-    return (const int8_t *) (spike_train_inputs(train) + n_inputs) + spike_class*n_inputs;
+    return (const int8_t *) (spike_train_offsets(train, n_inputs) + spike_max_spikes(n_inputs)) + spike_class*n_inputs;
+}
+
+static inline int8_t * spike_train_values_to_fill(spike_train * train, int64_t n_inputs) {
+    return (int8_t *) (uintptr_t) spike_train_values(train, n_inputs, 0);
 }
 
 size_t spike_train_size(int64_t n_inputs);
+
+// Builds the programs of a token whose values the train already holds.
 void   spike_train_build(const block_spka * activations, int64_t n_inputs, spike_train * train);
 
 #ifdef __cplusplus

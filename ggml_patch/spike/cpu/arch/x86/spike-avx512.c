@@ -1,0 +1,113 @@
+// AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector. The arithmetic is that of spike-avx2.c.
+#include "spike/cpu/spike-kernels.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+typedef struct {
+    __m512i low_even, low_odd, high_even, high_odd;
+} lanes;
+
+#define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
+
+static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b, int negative) {
+    return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
+}
+
+static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
+                                                                       lanes * current, int negative) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    while (n > 0) {
+        int group = n < 16 ? n : 16;
+        n -= group;
+        __m512i low = _mm512_setzero_si512(), high = low;
+        do {
+            for (int e = 0; e < SPIKE_LIST_UNIT; e++) {
+                const __m512i y = _mm512_loadu_si512(lines + offsets[e]);
+                low  = _mm512_add_epi8(low, _mm512_and_si512(y, nibble));
+                high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
+                KEEP_ORDER(low, high);
+            }
+            offsets += SPIKE_LIST_UNIT;
+            group   -= SPIKE_LIST_UNIT;
+        } while (group > 0);
+        const __m512i low_odd  = _mm512_srli_epi16(low, 8);
+        const __m512i high_own = _mm512_sub_epi16(high, _mm512_slli_epi16(low_odd, 4));
+        current->low_even  = add16(current->low_even,  low, negative);
+        current->low_odd   = add16(current->low_odd,   low_odd, negative);
+        current->high_even = add16(current->high_even, high_own, negative);
+        current->high_odd  = add16(current->high_odd,  _mm512_srli_epi16(high_own, 8), negative);
+    }
+    return offsets;
+}
+
+static inline __attribute__((always_inline)) void accumulate16(int32_t * potential, __m256i sums) {
+    _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_cvtepi16_epi32(sums)));
+}
+
+// 64 rows, even and odd ones apart, to 32 bits.
+static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i odd, __m512i correction, int32_t * potential) {
+    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(even, _mm512_slli_epi16(odd, 8)), correction);
+    const __m512i o = _mm512_sub_epi16(odd, correction);
+    const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
+    const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
+    const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
+    const __m512i second_half = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+    accumulate16(potential,      _mm512_castsi512_si256(first_half));
+    accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1));
+    accumulate16(potential + 32, _mm512_castsi512_si256(second_half));
+    accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
+}
+
+static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                      int32_t potential[SPIKE_TILE_ROWS]) {
+    const __m512i zero = _mm512_setzero_si512();
+    const lanes silent = { zero, zero, zero, zero };
+    lanes current = silent, sum = silent;
+    offsets += program->first;
+    for (int s = 0; s < program->n_steps; s++) {
+        const spike_step * step = &program->steps[s];
+        offsets = add_list(lines, offsets, step->n_positive, &current, 0);
+        offsets = add_list(lines, offsets, step->n_negative, &current, 1);
+        sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
+        sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
+        sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
+        sum.high_odd  = _mm512_add_epi16(sum.high_odd,  current.high_odd);
+        if (step->spill) {
+            const __m512i correction = _mm512_set1_epi16(step->correction);
+            spill64(sum.low_even,  sum.low_odd,  correction, potential);
+            spill64(sum.high_even, sum.high_odd, correction, potential + 64);
+            sum = silent;
+        }
+    }
+}
+
+static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+    enum { BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE) };
+    const __m512i bit6 = _mm512_set1_epi8(0x40), bit7 = _mm512_set1_epi8((char) 0x80);
+    memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
+    for (int64_t b0 = 0; b0 < n_blocks; b0 += BLOCKS_PER_BYTE_SUM) {
+        const int64_t b1 = b0 + BLOCKS_PER_BYTE_SUM < n_blocks ? b0 + BLOCKS_PER_BYTE_SUM : n_blocks;
+        __m512i bytes[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+        for (int64_t b = b0; b < b1; b++) {
+            const __m512i table = _mm512_loadu_si512(values + b*QK_SPK);
+            for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+                for (int v = 0; v < 2; v++) {
+                    const __m512i   salient = _mm512_loadu_si512(salients + 64*v);
+                    const __mmask64 six = _mm512_test_epi8_mask(salient, bit6), seven = _mm512_test_epi8_mask(salient, bit7);
+                    const __m512i   value = _mm512_permutexvar_epi8(salient, table); // by the low six bits
+                    bytes[v] = _mm512_mask_add_epi8(bytes[v], six & ~seven, bytes[v], value);
+                    bytes[v] = _mm512_mask_sub_epi8(bytes[v], seven & ~six, bytes[v], value);
+                }
+                salients += SPIKE_TILE_ROWS;
+            }
+        }
+        for (int v = 0; v < 2; v++) {
+            int16_t * s = sum + 64*v;
+            _mm512_storeu_si512(s,      _mm512_add_epi16(_mm512_loadu_si512(s),      _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes[v]))));
+            _mm512_storeu_si512(s + 32, _mm512_add_epi16(_mm512_loadu_si512(s + 32), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes[v], 1))));
+        }
+    }
+}
+
+const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, INT64_MAX };

@@ -1,0 +1,66 @@
+#include "spike-kernels.h"
+#include "spike-cpu.h"
+
+#include "ggml-impl.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(SPIKE_X86)
+static bool runs_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2");
+}
+
+static bool runs_avx512(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+static bool runs_anywhere(void) {
+    return true;
+}
+
+static const struct {
+    const spike_kernels * kernels;
+    bool (*runs)(void);
+} CANDIDATES[] = { // fastest first
+#if defined(SPIKE_X86)
+    { &spike_kernels_avx512, runs_avx512 },
+    { &spike_kernels_avx2, runs_avx2 },
+#endif
+    { &spike_kernels_plain_c, runs_anywhere },
+};
+enum { N_CANDIDATES = sizeof(CANDIDATES)/sizeof(CANDIDATES[0]) };
+
+static const spike_kernels * select_once(void) {
+    const char * forced = getenv("SPIKEQUANT_FORCE_ISA");
+    for (int i = 0; forced && *forced && i < N_CANDIDATES; i++) {
+        if (strcmp(CANDIDATES[i].kernels->name, forced) == 0 && CANDIDATES[i].runs()) {
+            return CANDIDATES[i].kernels;
+        }
+    }
+    if (forced && *forced) {
+        GGML_LOG_WARN("%s: this machine runs no kernel named '%s'\n", __func__, forced);
+    }
+    for (int i = 0; i < N_CANDIDATES; i++) {
+        if (CANDIDATES[i].runs()) {
+            return CANDIDATES[i].kernels;
+        }
+    }
+    return &spike_kernels_plain_c;
+}
+
+const spike_kernels * spike_select_kernels(void) {
+    static const spike_kernels * selected; // every thread would find the same
+    if (!selected) {
+        selected = select_once();
+    }
+    return selected;
+}
+
+const char * spikequant_kernel(void) {
+    return spike_select_kernels()->name;
+}

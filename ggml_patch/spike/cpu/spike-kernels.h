@@ -1,0 +1,41 @@
+// Kernels: integrate-and-fire neurons in tiles of 128, additions only. One table per instruction set; the plain C one
+// defines the result, and the others give the same integers.
+#pragma once
+
+#include "spike-layout.h"
+#include "spike-train.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const char * name;
+
+    // Runs a program over a tile: potential[row] += sum over spikes of (code - 8) * signed magnitude.
+    // lines + offset is the line of an input that fires.
+    void (*integrate)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                      int32_t potential[SPIKE_TILE_ROWS]);
+
+    // Salient weights of a tile for one token: sum[row] = sum over extended weights of +-value.
+    // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
+    void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
+
+    // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
+    int64_t tokens_for_lines;
+} spike_kernels;
+
+extern const spike_kernels spike_kernels_plain_c;
+#if defined(__x86_64__) && defined(__GNUC__)
+#    define SPIKE_X86
+extern const spike_kernels spike_kernels_avx2;
+extern const spike_kernels spike_kernels_avx512;
+#endif
+
+// The fastest table that this CPU runs, or the one that the environment variable SPIKEQUANT_FORCE_ISA names
+// (plain-c, avx2, avx512; a name that the CPU cannot run is reported and ignored).
+const spike_kernels * spike_select_kernels(void);
+
+#ifdef __cplusplus
+}
+#endif
