@@ -16,7 +16,7 @@ constexpr int64_t STRIP = 4;  // rows of a tile whose sums stay in registers
 struct site {
     int64_t             size;
     int64_t             n_tokens = 0;
-    std::vector<double> sum; // lower triangle used, row by row
+    std::vector<double> sum; // lower triangle used, row by row; or the diagonal
 };
 
 // sum[i][j] += x[t][i]*x[t][j] over the tokens of one batch, for one tile of rows and columns.
@@ -46,6 +46,7 @@ void add_tile(const float * x, int64_t n_tokens, int64_t size, int64_t i0, int64
 struct spike_moments {
     std::unordered_map<std::string, int> index;
     std::vector<site>                    sites;
+    bool                                 diagonal;
     int                                  n_threads;
 
     void add(site & s, const ggml_tensor * x) {
@@ -57,6 +58,15 @@ struct spike_moments {
             std::copy(row, row + s.size, rows.data() + t*s.size);
         }
         s.n_tokens += n_tokens;
+        if (diagonal) {
+            for (int64_t t = 0; t < n_tokens; t++) {
+                for (int64_t i = 0; i < s.size; i++) {
+                    const float value = rows[(size_t) (t*s.size + i)];
+                    s.sum[(size_t) i] += (double) value*value;
+                }
+            }
+            return;
+        }
 
         const int64_t n_tiles = s.size/TILE;
         auto work = [&](int64_t first) {
@@ -77,13 +87,14 @@ struct spike_moments {
     }
 };
 
-spike_moments * spike_moments_new(const char * const * names, const int64_t * sizes, int n, int n_threads) {
+spike_moments * spike_moments_new(const char * const * names, const int64_t * sizes, int n, bool diagonal, int n_threads) {
     auto * moments = new spike_moments;
+    moments->diagonal  = diagonal;
     moments->n_threads = std::max(1, n_threads);
     for (int i = 0; i < n; i++) {
         GGML_ASSERT(sizes[i] % TILE == 0);
         moments->index[names[i]] = i;
-        moments->sites.push_back({ sizes[i], 0, std::vector<double>((size_t) (sizes[i]*sizes[i])) });
+        moments->sites.push_back({ sizes[i], 0, std::vector<double>((size_t) (diagonal ? sizes[i] : sizes[i]*sizes[i])) });
     }
     return moments;
 }
@@ -110,6 +121,10 @@ bool spike_moments_callback(ggml_tensor * node, bool ask, void * user_data) {
 
 void spike_moments_read(const spike_moments * moments, int index, float * matrix) {
     const site & s = moments->sites[(size_t) index];
+    if (moments->diagonal) {
+        std::copy(s.sum.begin(), s.sum.end(), matrix);
+        return;
+    }
     for (int64_t i = 0; i < s.size; i++) {
         for (int64_t j = 0; j <= i; j++) {
             matrix[i*s.size + j] = matrix[j*s.size + i] = (float) s.sum[i*s.size + j];

@@ -14,14 +14,15 @@ extern "C" {
 
 typedef struct spike_moments spike_moments;
 
-// names: weight tensors whose inputs are collected; sizes: their numbers of inputs.
-GGML_BACKEND_API spike_moments * spike_moments_new(const char * const * names, const int64_t * sizes, int n, int n_threads);
+// names: weight tensors whose inputs are collected; sizes: their numbers of inputs, multiples of 64.
+// diagonal: only the squares, size floats instead of size x size.
+GGML_BACKEND_API spike_moments * spike_moments_new(const char * const * names, const int64_t * sizes, int n, bool diagonal, int n_threads);
 GGML_BACKEND_API void            spike_moments_free(spike_moments * moments);
 
 // A ggml_backend_sched_eval_callback, with the collector as user data: adds x x^T of every token to the named weights.
 GGML_BACKEND_API bool spike_moments_callback(struct ggml_tensor * node, bool ask, void * moments);
 
-// The sum over tokens, size x size floats, symmetric; and how many tokens it holds.
+// The sum over tokens, size x size floats, symmetric (or size floats); and how many tokens it holds.
 GGML_BACKEND_API void    spike_moments_read(const spike_moments * moments, int index, float * matrix);
 GGML_BACKEND_API int64_t spike_moments_tokens(const spike_moments * moments, int index);
 

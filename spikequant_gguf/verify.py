@@ -1,0 +1,309 @@
+"""Checks a whole GGUF file: the data of every SPK4 tensor, its bounds, and the spike metadata."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError, SpikeQuantError
+from .format import (
+    BLOCK_SPK4,
+    FORMAT_VERSION,
+    KEY_ENCODER_SALIENCE,
+    KEY_ENCODER_SILENCE,
+    KEY_ENCODER_TENSORS,
+    KEY_SALIENCE_THRESHOLD,
+    KEY_SILENCE_THRESHOLD,
+    KEY_STATISTICS_RELATIVE_ERROR,
+    KEY_STATISTICS_SALIENT_WEIGHT_SHARE,
+    KEY_STATISTICS_TENSORS,
+    KEY_TYPE_NAME,
+    KEY_VERSION,
+    MAX_SILENCE,
+    QK_SPK,
+    SALIENCE_LIMIT,
+    SPK4_NOT_ROTATED,
+    TYPE_NAME,
+    TYPE_SPK4,
+    TYPE_SPKA,
+    check_inputs,
+)
+from .gguf_header import GGUFHeader, TensorInfo, read_header
+from .validation import first_weight_fault
+
+__all__ = ["Fault", "TensorReport", "VerifyReport", "verify_file"]
+
+_CHUNK_BYTES = 1 << 20  # stays in the cache of a core
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One broken rule, and where: tensor, row and block as far as they apply. Rows count over all axes."""
+
+    reason: str
+    tensor: str | None = None
+    row: int | None = None
+    block: int | None = None
+
+    def error(self) -> FormatError:
+        """This fault as an exception."""
+        return FormatError(self.reason, tensor=self.tensor, row=self.row, block=self.block)
+
+    def __str__(self) -> str:
+        return self.error().message
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What was found in one SPK4 tensor.
+
+    Attributes:
+        name: of the tensor.
+        rows: over all its matrices.
+        inputs: length of a row.
+        bytes: size of the data.
+        rotated: whether it is stored in the rotated basis.
+        salient_weights: salient weights in it.
+    """
+
+    name: str
+    rows: int
+    inputs: int
+    bytes: int
+    rotated: bool
+    salient_weights: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of verify_file.
+
+    Attributes:
+        path: of the file.
+        file_bytes: its size.
+        version: of the spike format, as the metadata say; None if they do not.
+        tensors: the SPK4 tensors without fault.
+        other_tensors: number of tensors of other types, of which only the bounds were checked.
+        faults: the first fault of every faulty tensor, and those of the metadata; empty if the file is valid.
+        warnings: what is odd, but allowed.
+        seconds: time taken.
+    """
+
+    path: str
+    file_bytes: int
+    version: int | None
+    tensors: tuple[TensorReport, ...]
+    other_tensors: int
+    faults: tuple[Fault, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no fault was found."""
+        return not self.faults
+
+    def raise_if_faulty(self) -> None:
+        """Raises FormatError for the first fault, if there is one."""
+        if self.faults:
+            raise self.faults[0].error()
+
+
+def verify_file(path: str | Path) -> VerifyReport:
+    """Checks a GGUF file. Reads all SPK4 data once, in pieces.
+
+    Raises:
+        InputError: the file cannot be read, is no GGUF file, or its header is damaged. All else is reported.
+    """
+    started = time.perf_counter()
+    header = read_header(path)
+    faults: list[Fault] = []
+    warnings: list[str] = []
+    out_of_bounds = list(_check_bounds(header, warnings))
+    faults += out_of_bounds
+    unreadable = {fault.tensor for fault in out_of_bounds}
+
+    reports: list[TensorReport] = []
+    data = np.memmap(path, np.uint8, mode="r")
+    spiking = [tensor for tensor in header.tensors if tensor.type_id == TYPE_SPK4]
+    for tensor in spiking:
+        if tensor.name not in unreadable:
+            found = _check_tensor(tensor, data)
+            if isinstance(found, Fault):
+                faults.append(found)
+            else:
+                reports.append(found)
+    faults += _check_metadata(header, {tensor.name for tensor in spiking}, warnings)
+    version = header.metadata.get(KEY_VERSION)
+    return VerifyReport(
+        path=str(path),
+        file_bytes=header.file_bytes,
+        version=version if type(version) is int else None,
+        tensors=tuple(reports),
+        other_tensors=len(header.tensors) - len(spiking),
+        faults=tuple(faults),
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
+    )
+
+
+# ---- tensors
+
+
+def _check_bounds(header: GGUFHeader, warnings: list[str]) -> Iterator[Fault]:
+    """Faults of type, dimensions and place of every tensor, at most one for each."""
+    end, before = header.data_offset, None
+    for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
+        reason = _shape_fault(tensor)
+        if reason is None and tensor.n_bytes is None:
+            warnings.append(
+                f"tensor '{tensor.name}' has the unknown type {tensor.type_id}; its size was not checked"
+            )
+            continue
+        if reason is None and (tensor.offset - header.data_offset) % header.alignment != 0:
+            reason = f"data starts at byte {tensor.offset}, which is not aligned to {header.alignment}"
+        if reason is None and tensor.offset + tensor.n_bytes > header.file_bytes:
+            reason = (
+                f"data ends at byte {tensor.offset + tensor.n_bytes}, but the file has {header.file_bytes}: "
+                "it is cut off"
+            )
+        if reason is None and tensor.offset < end:
+            reason = f"data overlaps tensor '{before}'"
+        if reason is not None:
+            yield Fault(reason, tensor.name)
+        else:
+            end, before = tensor.offset + tensor.n_bytes, tensor.name
+
+
+def _shape_fault(tensor: TensorInfo) -> str | None:
+    if tensor.type_id == TYPE_SPKA:
+        return "SPKA is a type of activations at run time and cannot be stored in a model"
+    if tensor.type_id == TYPE_SPK4:
+        if 0 in tensor.shape:
+            return "SPK4 tensor without elements"
+        try:
+            check_inputs(tensor.shape[0])
+        except SpikeQuantError as error:
+            return error.message
+    return None
+
+
+def _check_tensor(tensor: TensorInfo, data: NDArray[np.uint8]) -> TensorReport | Fault:
+    n_blocks = tensor.shape[0] // QK_SPK
+    row_bytes = n_blocks * BLOCK_SPK4.itemsize
+    rows_at_once = max(1, _CHUNK_BYTES // row_bytes)
+    rotation: int | None = None
+    salient_weights = 0
+    for first in range(0, tensor.n_rows, rows_at_once):
+        rows = min(rows_at_once, tensor.n_rows - first)
+        start = tensor.offset + first * row_bytes
+        blocks = data[start : start + rows * row_bytes].view(BLOCK_SPK4).reshape(rows, n_blocks)
+        if rotation is None:
+            rotation = int(blocks["header"][0, 0]) & SPK4_NOT_ROTATED
+        fault = first_weight_fault(blocks, rotation)
+        if fault is not None:
+            row, block, reason = fault
+            return Fault(reason, tensor.name, first + row, block)
+        salient_weights += int(np.count_nonzero(blocks["salient"] >= 64))
+    return TensorReport(
+        tensor.name, tensor.n_rows, tensor.shape[0], tensor.n_rows * row_bytes, rotation == 0, salient_weights
+    )
+
+
+# ---- metadata
+
+
+def _check_metadata(header: GGUFHeader, spiking: set[str], warnings: list[str]) -> Iterator[Fault]:
+    metadata = header.metadata
+    if not spiking:
+        warnings.append("the file holds no SPK4 tensor")
+    version = metadata.get(KEY_VERSION)
+    if version is None:
+        if spiking:
+            warnings.append(f"{KEY_VERSION} is missing; taken as {FORMAT_VERSION}")
+    elif type(version) is not int or version != FORMAT_VERSION:
+        yield Fault(f"{KEY_VERSION} is {version}, and this program knows version {FORMAT_VERSION}")
+    type_name = metadata.get(KEY_TYPE_NAME, TYPE_NAME)
+    if not isinstance(type_name, str) or type_name != TYPE_NAME:
+        yield Fault(f"{KEY_TYPE_NAME} is not '{TYPE_NAME}'")
+    for key, valid, allowed in (
+        (KEY_SALIENCE_THRESHOLD, _salience_valid, f"between 0 and {SALIENCE_LIMIT}"),
+        (KEY_SILENCE_THRESHOLD, _silence_valid, f"in 0..{MAX_SILENCE:g}"),
+    ):
+        value = metadata.get(key)
+        if value is not None and not (isinstance(value, float) and valid(np.float32(value))):
+            yield Fault(f"{key} is {value}, not a number {allowed}")
+
+    # a model split into several files keeps its metadata in the first one
+    parts = metadata.get("split.count")
+    known = None if type(parts) is int and parts > 1 else spiking
+    yield from _check_parallel(
+        metadata,
+        known,
+        KEY_ENCODER_TENSORS,
+        {
+            KEY_ENCODER_SALIENCE: (
+                lambda a: (a == 0) | _salience_valid(a),
+                f"between 0 and {SALIENCE_LIMIT}",
+            ),
+            KEY_ENCODER_SILENCE: (_silence_valid, f"in 0..{MAX_SILENCE:g}"),
+        },
+    )
+    yield from _check_parallel(
+        metadata,
+        known,
+        KEY_STATISTICS_TENSORS,
+        {
+            KEY_STATISTICS_SALIENT_WEIGHT_SHARE: (lambda a: (a >= 0) & (a <= 1), "in 0..1"),
+            KEY_STATISTICS_RELATIVE_ERROR: (
+                lambda a: np.isfinite(a) & (a >= 0),
+                "a finite number, 0 or more",
+            ),
+        },
+    )
+
+
+def _salience_valid(value: NDArray[np.float32] | np.float32) -> NDArray[np.bool_] | np.bool_:
+    return (value > 0) & (value < SALIENCE_LIMIT)
+
+
+def _silence_valid(value: NDArray[np.float32] | np.float32) -> NDArray[np.bool_] | np.bool_:
+    return (value >= 0) & (value <= MAX_SILENCE)
+
+
+def _check_parallel(metadata: dict, known: set[str] | None, names_key: str, columns: dict) -> Iterator[Fault]:
+    """An array of tensor names and arrays of float32 as long, one value per name."""
+    names = metadata.get(names_key)
+    present = [key for key in columns if key in metadata]
+    if names is None:
+        for key in present:
+            yield Fault(f"{key} is there without {names_key}")
+        return
+    if not isinstance(names, list):
+        if isinstance(names, np.ndarray) and names.size == 0:
+            names = []
+        else:
+            yield Fault(f"{names_key} is not an array of strings")
+            return
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            yield Fault(f"{names_key} lists it twice", name)
+        elif known is not None and name not in known:
+            yield Fault(f"{names_key} lists it, but the file has no such SPK4 tensor", name)
+        seen.add(name)
+    for key, (valid, allowed) in columns.items():
+        values = metadata.get(key)
+        if not isinstance(values, np.ndarray) or values.dtype != np.float32:
+            yield Fault(f"{key} is {'missing' if values is None else 'not an array of float32'}")
+        elif len(values) != len(names):
+            yield Fault(f"{key} has {len(values)} values for {len(names)} names in {names_key}")
+        else:
+            for name, value in zip(names, values, strict=True):
+                if not valid(value):
+                    yield Fault(f"{key} is {value}, not {allowed}", name)
