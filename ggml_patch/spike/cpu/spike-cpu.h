@@ -10,7 +10,7 @@ extern "C" {
 
 // The dot product of stored rows: the path of every caller that knows nothing of spikes. Exact, and slow.
 // A row whose blocks disagree, or operands of which only one is rotated, give NaN.
-void ggml_vec_dot_spk4_spka(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+GGML_BACKEND_API void ggml_vec_dot_spk4_spka(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 
 // Name of the kernel that integrates spikes on this machine.
 GGML_BACKEND_API const char * spikequant_kernel(void);

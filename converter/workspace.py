@@ -1,0 +1,61 @@
+"""A folder for temporary files beside the output, removed whatever happens.
+
+A conversion that was killed leaves its folder behind; the next one in the same place removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from spikequant_gguf.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: what a killed conversion left stays
+    fcntl = None
+
+__all__ = ["workspace"]
+
+_PREFIX = ".spikequant-"
+_LOCK = "lock"
+
+
+@contextmanager
+def workspace(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`. Raises OutputError if it cannot be made."""
+    _remove_abandoned(parent)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    except OSError as error:
+        raise OutputError(
+            f"no temporary folder can be made in {parent}: {error.strerror}",
+            "write to another folder with -o",
+        ) from error
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes the folders that nobody holds a lock on any more."""
+    if fcntl is None or not parent.is_dir():
+        return
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
