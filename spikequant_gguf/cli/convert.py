@@ -1,0 +1,144 @@
+"""The command `spikequant convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import Force, JsonOutput, Quiet, Threads, Verbose, command
+
+if TYPE_CHECKING:
+    from ..converter import Calibrate, Recipe
+    from ..converter.calibrated import CalibrationOptions
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="GGUF file, folder of a Hugging Face checkpoint, or its id there (owner/name).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--outfile",
+            "-o",
+            help="File to write; {ftype} in it becomes spk4.",
+            show_default="named after the model, in the current folder",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what each tensor would become, with sizes; write nothing.")
+    ] = False,
+    salience: Annotated[
+        float, typer.Option("--salience", help="Salience threshold of the activation encoder, in 0..7.5.")
+    ] = 2.3,
+    silence: Annotated[
+        float, typer.Option("--silence", help="Silence threshold in steps, 0..4: larger is sparser.")
+    ] = 0.5,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance matrix of llama-imatrix.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", help="Text to calibrate on.", show_default="a part of Python's documentation"
+        ),
+    ] = None,
+    calibration_chunks: Annotated[
+        int, typer.Option("--calibration-chunks", min=1, help="Chunks of 512 tokens to calibrate on.")
+    ] = 32,
+    smoothing: Annotated[
+        bool, typer.Option("--smoothing/--no-smoothing", help="Scale channels before quantization.")
+    ] = True,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated/--no-calibration", help="Without it, weights are rounded to the nearest."),
+    ] = True,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="Type of matching tensors, as in ffn_down=q8_0; may be repeated, the last match counts.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_type_file: Annotated[
+        Path | None,
+        typer.Option("--tensor-type-file", help="File with one REGEX=TYPE per line.", show_default=False),
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="Make embeddings and output SPK4, too.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a spike GGUF of a model: its linear layers become SPK4.
+
+    The same source and options give the same bytes on every machine.
+    """
+    with command(json_output, quiet, verbose) as console:
+        from ..converter import ConvertOptions, plan
+        from ..converter import convert as run
+        from ..converter.calibrated import CalibrationOptions
+        from ..host import default_threads
+        from ..texts import read_text
+        from ..variants import ConverterProgress
+        from .tables import show_conversion, show_plan
+
+        rules = [*(_read_rules(tensor_type_file) if tensor_type_file else []), *(tensor_type or [])]
+        options = ConvertOptions(
+            salience=salience,
+            silence=silence,
+            importance=imatrix,
+            tensor_types=tuple(rules),
+            pure=pure,
+            threads=threads,
+            force=force,
+        )
+        settings = CalibrationOptions(
+            text=None if calibration is None else read_text(calibration),
+            chunks=calibration_chunks,
+            smoothing=smoothing,
+            threads=threads or default_threads(),
+        )
+        with console.progress() as progress:
+            if dry_run:
+                planned = plan(source, options, ConverterProgress(progress))
+            else:
+                calibrate = _calibration(settings) if calibrated else _no_calibration
+                report = run(source, out, options, ConverterProgress(progress), calibrate=calibrate)
+        if dry_run:
+            console.result(planned.to_json, lambda out: show_plan(out, planned))
+        else:
+            console.result(report.to_json, lambda out: show_conversion(out, report))
+
+
+def _calibration(settings: CalibrationOptions) -> Calibrate:
+    from ..converter.calibrated import calibration
+
+    return calibration(settings)
+
+
+def _no_calibration(source: object, planned: object, progress: object) -> Recipe:
+    """A recipe that only says, in the file's metadata, that there was none."""
+    from ..converter import Recipe
+
+    return Recipe(options=("--no-calibration",))
+
+
+def _read_rules(path: Path) -> list[str]:
+    """The rules of a file, without empty lines and comments."""
+    from ..texts import read_text
+
+    lines = read_text(path).data.decode("utf-8", "replace").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -1,0 +1,96 @@
+"""Commands about model files: convert, inspect, verify, dequantize."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Force, JsonOutput, Model, Quiet, Verbose, command, examples
+from .convert import convert
+
+__all__ = ["add_commands"]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
+    app.command(
+        epilog=examples(
+            "spikequant convert model-F16.gguf",
+            "spikequant convert ./SmolLM2-135M-Instruct -o smollm2-SPK4.gguf",
+            "spikequant convert model-F16.gguf --dry-run",
+        )
+    )(convert)
+    app.command(
+        epilog=examples(
+            "spikequant inspect model-SPK4.gguf", "spikequant inspect model-SPK4.gguf --no-tensors --json"
+        )
+    )(inspect)
+    app.command(epilog=examples("spikequant verify model-SPK4.gguf"))(verify)
+    app.command(
+        epilog=examples(
+            "spikequant dequantize model-SPK4.gguf",
+            "spikequant dequantize model-SPK4.gguf --outtype q8_0 -o model-Q8_0.gguf",
+        )
+    )(dequantize)
+
+
+def inspect(
+    model: Model,
+    tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List the tensors.")] = True,
+    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="List the metadata.")] = True,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the tensors of a GGUF file (shapes, types, statistics) and its metadata."""
+    with command(json_output, quiet, verbose) as console:
+        from ..inspect_file import inspect_file
+        from .tables import show_inspect
+
+        report = inspect_file(model)
+        console.result(report.to_json, lambda out: show_inspect(out, report, tensors, metadata))
+
+
+def verify(
+    model: Model, json_output: JsonOutput = False, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Check a whole GGUF file: bounds of all tensors, and every block of spike data."""
+    with command(json_output, quiet, verbose) as console:
+        from ..verify import verify_file
+        from .tables import show_verify
+
+        report = verify_file(model)
+        console.result(lambda: {"ok": report.ok} | asdict(report), lambda out: show_verify(out, report))
+        report.raise_if_faulty()
+
+
+def dequantize(
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--outfile", "-o", help="File to write.", show_default="beside MODEL, named after the type"
+        ),
+    ] = None,
+    outtype: Annotated[str, typer.Option("--outtype", help="f16, bf16 or q8_0.")] = "f16",
+    force: Force = False,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a spike model back into a GGUF that every llama.cpp reads."""
+    with command(json_output, quiet, verbose) as console:
+        from ..dequantize import dequantize as run
+        from .tables import show_dequantize
+
+        target = out
+        if target is None:
+            stem = re.sub(r"[-.]SPK4$", "", model.stem, flags=re.IGNORECASE)
+            target = model.with_name(f"{stem}-{outtype.upper()}.gguf")
+        with console.progress() as progress:
+            report = run(model, target, outtype, force=force, progress=progress)
+        console.result(report.to_json, lambda out: show_dequantize(out, report))

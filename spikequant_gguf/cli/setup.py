@@ -1,0 +1,73 @@
+"""Commands about the installation: build, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import JsonOutput, Quiet, Verbose, command, examples
+
+__all__ = ["add_commands"]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
+    app.command(
+        epilog=examples(
+            "spikequant build",
+            "spikequant build --sdist llama_cpp_python-0.3.36.tar.gz   # without network",
+        )
+    )(build)
+    app.command(epilog=examples("spikequant doctor", "spikequant doctor --json > report.json"))(doctor)
+
+
+def build(
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable", help="Use no instructions newer than AVX2, so that it runs on other CPUs."
+        ),
+    ] = False,
+    unpatched: Annotated[
+        bool,
+        typer.Option("--unpatched", help="Make the unpatched library, for comparisons; it is not installed."),
+    ] = False,
+    sdist: Annotated[
+        Path | None, typer.Option("--sdist", help="Source package got by hand.", show_default="downloaded")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Compile jobs at once.", show_default="CPUs")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again from a fresh tree.")] = False,
+    json_output: JsonOutput = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build the patched llama-cpp-python and install it into this environment.
+
+    Downloads the pinned source package (77 MB) through pip, checks it, applies the patch and compiles, which
+    takes some minutes once; later calls find the result in the cache.
+    """
+    with command(json_output, quiet, verbose) as console:
+        from ..ggml_patch.build import build as run
+        from .tables import show_build
+
+        with console.progress() as progress:
+            report = run(
+                portable=portable, unpatched=unpatched, sdist=sdist, jobs=jobs, force=force, progress=progress
+            )
+        console.result(report.to_json, lambda out: show_build(out, report))
+
+
+def doctor(json_output: JsonOutput = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show what is installed, whether it fits together, and what to do if not. Exit status 1 if not."""
+    with command(json_output, quiet, verbose) as console:
+        from ..doctor import doctor as run
+        from .tables import show_doctor
+
+        report = run()
+        console.result(report.to_json, lambda out: show_doctor(out, report))
+        if not report.ok:
+            raise typer.Exit(1)
