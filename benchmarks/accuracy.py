@@ -1,7 +1,7 @@
 """Perplexity and divergence from F16 of a model's versions, on one or more texts.
 
-Texts are given with -f, or they are those in the folder $SPIKEQUANT_DATA: files named *.raw and *.txt, except for
-calibration and training texts. Without either it is Python's documentation.
+Texts are given with -f, or they are those in the folder $SPIKEQUANT_DATA: files named *.raw and *.txt, except
+for calibration and training texts. Without either it is Python's documentation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--threads", type=positive, help="(physical cores)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--chunks", type=positive, help=f"of each text ({DEFAULT_CHUNKS})")
-    length.add_argument("--quick", action="store_true", help=f"the default: {DEFAULT_CHUNKS} chunks of each text")
+    length.add_argument(
+        "--quick", action="store_true", help=f"the default: {DEFAULT_CHUNKS} chunks of each text"
+    )
     length.add_argument("--full", action="store_true", help="whole texts")
     options = parser.parse_args(argv)
     options.chunks = None if options.full else options.chunks or DEFAULT_CHUNKS
@@ -71,7 +73,9 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict:
         notes += [note for note in comparison.notes if note not in notes]
         for row in comparison.rows:
             fields = asdict(row)
-            rows.append({"model": Path(source).stem, "text": text.name} | {key: fields[key] for key in _FIELDS})
+            rows.append(
+                {"model": Path(source).stem, "text": text.name} | {key: fields[key] for key in _FIELDS}
+            )
     return {"texts": described, "reference": comparison.reference, "notes": notes, "rows": rows}
 
 
@@ -115,7 +119,9 @@ def render(out: rich.console.Console, document: dict) -> None:
         )
     show_table(out, ("text", "type", "bits/w", "PPL", "KLD", "same top"), cells)
     for text in document["texts"]:
-        line = f"{text['name']}: {text['chunks']} chunks of {text['ctx']} tokens, sha256 {text['sha256'][:8]}…"
+        line = (
+            f"{text['name']}: {text['chunks']} chunks of {text['ctx']} tokens, sha256 {text['sha256'][:8]}…"
+        )
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     show_notes(out, document)
 

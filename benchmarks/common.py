@@ -1,7 +1,7 @@
-"""What the benchmarks share: options, measuring in turns, checks of the fast path, the result as table and file.
+"""What the benchmarks share: options, measuring in turns, checks of the fast path, results.
 
-Every document says on which machine it was measured. Figures of different runs are not comparable on a machine
-that others use, too; ratios within a run are, because everything is measured in turns.
+Every document says on which machine it was measured. Figures of different runs are not comparable on a
+machine that others use, too; ratios within a run are, because everything is measured in turns.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def in_turns(
 
 
 def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float]:
-    """How many times as fast as the baseline of the same round: median, smallest and largest of the rounds."""
+    """How many times as fast as the baseline in the same round: median, smallest, largest of the rounds."""
     each = [theirs / own for own, theirs in zip(seconds, baseline, strict=True)]
     return statistics.median(each), min(each), max(each)
 
@@ -136,7 +136,8 @@ def require_fast_kernel(host: HostFacts) -> None:
     """Raises SpikeQuantError if spike products use plain C on a CPU that has AVX2, unless that is forced."""
     if host.kernel == "plain-c" and "avx2" in host.features and not os.environ.get(_FORCE_VARIABLE):
         raise SpikeQuantError(
-            "this runtime computes spike products in plain C though the CPU has AVX2", "run `spikequant build`"
+            "this runtime computes spike products in plain C though the CPU has AVX2",
+            "run `spikequant build`",
         )
 
 

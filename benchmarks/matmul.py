@@ -1,8 +1,8 @@
 """Speed of one matrix product by weight type, through ggml's public interface, relative to Q4_0.
 
-The time is that of a graph with one MUL_MAT, as llama.cpp runs it: the input is float32 and its encoding counts.
-For one token the weights come from memory, as in a model: copies of the matrix, in rotation, exceed the last-level
-cache. For several tokens one copy is used again and again. A shape is rows x inputs.
+The time is that of a graph with one MUL_MAT, as llama.cpp runs it: the input is float32, its encoding counts.
+For one token the weights come from memory, as in a model: copies of the matrix, in rotation, exceed the
+last-level cache. For several tokens one copy is used again and again. A shape is rows x inputs.
 """
 
 from __future__ import annotations
@@ -117,7 +117,12 @@ class Copies:
         with ExitStack() as stack:
             self._products: list[MatMul] = []
             for _ in range(max(1, math.ceil(least_bytes / packed.nbytes))):
-                product = MatMul(TYPES[kind], packed, shape.inputs, len(x), buffer=buffer, threads=threads)
+                product = MatMul(
+                    *(TYPES[kind], packed, shape.inputs, len(x)),
+                    buffer=buffer,
+                    threads=threads,
+                    library=native,
+                )
                 self._products.append(stack.enter_context(product))
                 product.set_input(x)
                 product.compute()
@@ -154,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--threads", type=counts, help="(1 and 2, as far as there are cores)")
     parser.add_argument("--types", type=names, default=DEFAULT_TYPES, help="(%(default)s)")
     parser.add_argument("-r", "--rounds", type=positive, help="(15, with --quick 5)")
-    parser.add_argument("--sample-ms", type=positive, help="least time of a measurement (50, with --quick 10)")
+    parser.add_argument(
+        "--sample-ms", type=positive, help="least time of a measurement (50, with --quick 10)"
+    )
     parser.add_argument("--outlier-share", type=float, default=0.01, help="of input channels (%(default)s)")
     parser.add_argument("--outlier-factor", type=float, default=6.0, help="scale of outliers (%(default)s)")
     options = parser.parse_args(argv)
@@ -248,7 +255,7 @@ def _measure_case(
 
 
 def _activations(tokens: int, inputs: int, share: float, factor: float) -> NDArray[np.float32]:
-    """Normal values; some channels are larger in every token, as in the residual stream of language models."""
+    """Normal values; some channels are larger in every token, as in the residual stream of models."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((tokens, inputs)).astype(np.float32)
     x[:, rng.permutation(inputs)[: round(share * inputs)]] *= factor
@@ -280,7 +287,7 @@ def _buffer(kind: str, shape: Shape, tokens: int) -> str:
     packed = np.zeros((shape.rows, native.row_bytes(TYPES[kind], shape.inputs)), np.uint8)
     for buffer in candidates:
         try:
-            MatMul(TYPES[kind], packed, shape.inputs, tokens, buffer=buffer).close()
+            MatMul(TYPES[kind], packed, shape.inputs, tokens, buffer=buffer, library=native).close()
         except UnsupportedError:
             continue
         require_fast_path(kind, [buffer], host_facts())

@@ -1,7 +1,7 @@
 """The calibrated quantizer: GPTQ on second moments of real inputs, after smoothing and in the rotated basis.
 
-`calibration(...)` gives the function that convert() takes as `calibrate`. Matrices whose inputs could not be collected
-(experts, or tensors that the model multiplies in another way) are quantized without calibration, and named.
+`calibration(...)` gives the function that convert() takes as `calibrate`. Matrices whose inputs are not
+collected (experts, the output, tensors multiplied in another way) are quantized without calibration.
 """
 
 from __future__ import annotations
@@ -129,7 +129,13 @@ class CalibratedQuantizer:
             self._options.damping, _SALIENT_WEIGHTS, _DESCENT_SWEEPS, _ROUNDS, 1, self._threads
         )
         done = self._library.cpu.spike_quantize_calibrated(
-            rotated.ctypes.data, moments.ctypes.data, rows, n_in, options, blocks.ctypes.data, error.ctypes.data
+            rotated.ctypes.data,
+            moments.ctypes.data,
+            rows,
+            n_in,
+            options,
+            blocks.ctypes.data,
+            error.ctypes.data,
         )
         if not done:  # moments without rank, for example of a text of one token
             return self._direct.quantize(name, weights, matrix)
@@ -159,12 +165,17 @@ def calibration(options: CalibrationOptions | None = None) -> Calibrate:
     return calibrate
 
 
-def _calibrate(source: Source, planned: ConversionPlan, progress: Progress, options: CalibrationOptions) -> Recipe:
+def _calibrate(
+    source: Source, planned: ConversionPlan, progress: Progress, options: CalibrationOptions
+) -> Recipe:
     library = load()
     text = options.text or default_calibration_text()
     threads = options.threads or os.cpu_count() or 1
-    # Experts see only the tokens that are routed to them, in products of another kind.
-    plain = [tensor.name for tensor in planned.spiking if len(tensor.shape) == 2]
+    # Experts see only the tokens that are routed to them, in products of another kind; the output sees only
+    # the last token of a stretch.
+    plain = [
+        tensor.name for tensor in planned.spiking if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+    ]
     sites = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
     store = MomentStore(
         source.paths[0],
@@ -194,7 +205,8 @@ def _calibrate(source: Source, planned: ConversionPlan, progress: Progress, opti
         threads,
     )
     return Recipe(
-        calibration=f"{text.name}, sha256 {text.sha256[:16]}, {options.chunks} chunks of {options.ctx} tokens",
+        calibration=f"{text.name}, sha256 {text.sha256[:16]}, "
+        f"{options.chunks} chunks of {options.ctx} tokens",
         quantizer=quantizer,
         transforms=fold(factors),
         options=_command_options(options, text),

@@ -1,12 +1,13 @@
 """Second moments of the inputs of linear layers, collected while the source model reads a text in llama.cpp.
 
-Works for every architecture that llama.cpp runs: the runtime is asked for the second operand of each matrix product
-whose weights are on the list. Sums are made by the runtime (spike-moments.cpp), in a fixed order.
+Works for every architecture that llama.cpp runs: the runtime is asked for the second operand of each matrix
+product whose weights are on the list. Sums are made by the runtime (spike-moments.cpp), in a fixed order.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,13 @@ __all__ = ["MomentStore", "Moments", "calibration_chunks"]
 _FUNCTIONS = {
     "spike_moments_new": (
         ctypes.c_void_p,
-        (ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_int64), ctypes.c_int, ctypes.c_bool, ctypes.c_int),
+        (
+            ctypes.POINTER(ctypes.c_char_p),
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_int,
+            ctypes.c_bool,
+            ctypes.c_int,
+        ),
     ),
     "spike_moments_free": (None, (ctypes.c_void_p,)),
     "spike_moments_read": (None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)),
@@ -51,6 +58,8 @@ class Moments:
         names = (ctypes.c_char_p * len(sizes))(*(name.encode() for name in sizes))
         numbers = (ctypes.c_int64 * len(sizes))(*sizes.values())
         self.handle = self._library.spike_moments_new(names, numbers, len(sizes), diagonal, threads)
+        # Large, and held by a recipe that nobody closes.
+        self._free = weakref.finalize(self, self._library.spike_moments_free, self.handle)
 
     def read(self, name: str) -> NDArray[np.float32] | None:
         """Mean of x xᵀ over the tokens, float32[n_in, n_in], or of x² alone, float32[n_in].
@@ -78,9 +87,8 @@ class Moments:
         self.close()
 
     def close(self) -> None:
-        if self.handle:
-            self._library.spike_moments_free(self.handle)
-            self.handle = None
+        self._free()
+        self.handle = None
 
 
 class _CollectingModel(Model):
@@ -98,7 +106,9 @@ class _CollectingModel(Model):
         return params
 
 
-def calibration_chunks(model: Model, text: bytes, name: str, ctx: int, chunks: int) -> list[NDArray[np.int32]]:
+def calibration_chunks(
+    model: Model, text: bytes, name: str, ctx: int, chunks: int
+) -> list[NDArray[np.int32]]:
     """The first `chunks` stretches of `ctx` tokens of a text, each starting with BOS if the model wants that.
 
     Raises:

@@ -1,7 +1,7 @@
 """Per-channel scalings that make inputs and weights of a site alike in size, folded into earlier tensors.
 
-For channel j: t_j = (norm of the weights that read it)^a / (root mean square of its values)^b, with geometric mean 1.
-The exponents come from a study on SmolLM2-135M; they differ by site.
+For channel j: t_j = (norm of the weights that read it)^a / (root mean square of its values)^b, with geometric
+mean 1. The exponents come from a study on SmolLM2-135M; they differ by site.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _SMALLEST = 1e-6
 _ROWS_AT_A_TIME = 4096
 
 
-def scaling_factors(site: Site, mean_squares: NDArray[np.float32], source: Source) -> NDArray[np.float32] | None:
+def scaling_factors(
+    site: Site, mean_squares: NDArray[np.float32], source: Source
+) -> NDArray[np.float32] | None:
     """t of each input channel, float32[n_in]; None where the site cannot be scaled.
 
     Args:
@@ -55,7 +57,7 @@ def scaling_factors(site: Site, mean_squares: NDArray[np.float32], source: Sourc
 
 
 def fold(sites: Mapping[Site, NDArray[np.float32]]) -> dict[str, Scaling]:
-    """Transforms, by tensor, that scale the input channels of sites by their factors and leave the model the same.
+    """Transforms, by tensor, that scale the input channels of sites and leave the model the same.
 
     Args:
         sites: factors float32[n_in] of each site that is scaled.

@@ -1,7 +1,7 @@
 """Which linear layers share an input, and which earlier tensors can take over a scaling of it.
 
-The scaling t of an input channel changes nothing if the weights that read the channel are divided by t and whatever
-writes it is multiplied by t: the gain of the norm before the layer, or rows of the weights before it.
+The scaling t of an input channel changes nothing if the weights that read the channel are divided by t and
+whatever writes it is multiplied by t: the gain of the norm before the layer, or rows of earlier weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 __all__ = ["Site", "find_sites"]
 
-# Architectures whose blocks are norm -> attention, norm -> gated MLP, with nothing else on the norms' outputs.
+# Architectures whose blocks are norm -> attention, norm -> gated MLP, with nothing else after the norms.
 _KNOWN = ("llama", "qwen2", "qwen3")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -26,8 +26,8 @@ class Site:
         readers: weight matrices, the first one stands for all where inputs are collected.
         gains: vectors with an entry per channel, to be multiplied (the norm's gain).
         writers: matrices (and biases, vectors) whose rows write the channels.
-        heads: (value heads, query heads per value head) if the channels are those of attention heads: query heads
-        that share a value head read the same written rows.
+        heads: (value heads, query heads per value head) if the channels are those of attention heads: query
+        heads that share a value head read the same written rows.
     """
 
     kind: str
@@ -95,8 +95,11 @@ def _site(
     if part in ("ffn_gate.weight", "ffn_up.weight"):
         everyone = tensors("ffn_gate.weight", "ffn_up.weight")
         alone = block + "ffn_gate_inp.weight" not in present and set(everyone) <= wanted
-        return Site("MLP input", readers("ffn_gate.weight", "ffn_up.weight"),
-                    tensors("ffn_norm.weight", "ffn_norm.bias") if alone else ())
+        return Site(
+            "MLP input",
+            readers("ffn_gate.weight", "ffn_up.weight"),
+            tensors("ffn_norm.weight", "ffn_norm.bias") if alone else (),
+        )
     if part == "attn_output.weight":
         if isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups == 0:
             writers = tensors("attn_v.weight", "attn_v.bias")
@@ -104,5 +107,7 @@ def _site(
         return Site("attention output", (name,))
     if part == "ffn_down.weight":
         gated = block + "ffn_gate.weight" in present
-        return Site("down projection", (name,), writers=tensors("ffn_up.weight", "ffn_up.bias") if gated else ())
+        return Site(
+            "down projection", (name,), writers=tensors("ffn_up.weight", "ffn_up.bias") if gated else ()
+        )
     return None

@@ -1,4 +1,4 @@
-"""NumPy = C = dot product = event kernels, bit for bit: codes, potentials and outputs, for any number of threads."""
+"""NumPy = C = dot product = event kernels, bit for bit: codes, potentials and outputs, any thread count."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DISTRIBUTIONS = {
     "grid": lambda rng, shape: np.round(rng.standard_normal(shape) * 4) / 4,
     "sparse": lambda rng, shape: np.where(rng.random(shape) < 0.9, 0, rng.standard_normal(shape)),
 }
-# The largest finite values overflow in the rotation: for activations that makes a token of NaN, for weights an error.
+# The largest finite values overflow in the rotation: that makes a token of NaN, and is an error for weights.
 WEIGHT_DISTRIBUTIONS = [name for name in DISTRIBUTIONS if name != "largest"]
 
 
@@ -80,7 +80,13 @@ def test_golden_products(case):
 
 
 @PROPERTY
-@given(st.sampled_from(WEIGHT_DISTRIBUTIONS), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 9), st.booleans())
+@given(
+    st.sampled_from(WEIGHT_DISTRIBUTIONS),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.booleans(),
+)
 def test_quantizer_and_dequantizer(kind, seed, rows, blocks, weighted):
     weights = draw(kind, seed, rows, 64 * blocks)
     importance = np.abs(draw("laplace", seed + 1, 64 * blocks)) if weighted else None
@@ -209,7 +215,9 @@ def test_mixture_of_experts(buffer, threads, per_expert):
     rng = np.random.default_rng(7)
     weights = [codec.encode_weights(draw("normal", 10 + e, rows, n_in)) for e in range(experts)]
     x = draw("outliers", 8, *((tokens, used, n_in) if per_expert else (tokens, n_in)))
-    ids = np.stack([rng.permutation(experts - 1)[:used] for _ in range(tokens)]).astype(np.int32)  # one expert idle
+    ids = np.stack([rng.permutation(experts - 1)[:used] for _ in range(tokens)]).astype(
+        np.int32
+    )  # one expert idle
     found = mul_mat_id(
         TYPE_SPK4, np.stack([blocks_to_bytes(w) for w in weights]), x, ids, buffer=buffer, threads=threads
     )
@@ -245,7 +253,8 @@ from zlib import crc32
 found = {}
 for seed in range(60):
     rng = np.random.default_rng(seed)
-    rows, blocks, tokens = int(rng.integers(1, 400)), int(rng.integers(1, 30)), int(rng.choice([1, 2, 3, 7, 17, 40]))
+    rows, blocks = int(rng.integers(1, 400)), int(rng.integers(1, 30))
+    tokens = int(rng.choice([1, 2, 3, 7, 17, 40]))
     kind = ["normal", "outliers", "sparse", "laplace"][seed % 4]
     weights = codec.encode_weights(draw(kind, seed, rows, 64 * blocks))
     x = draw(kind, seed + 1000, tokens, 64 * blocks)
@@ -256,7 +265,9 @@ json.dump({"kernel": load().cpu.spikequant_kernel().decode(), "found": found}, s
 
 def run_with_kernel(name: str) -> dict:
     environment = {**os.environ, "SPIKEQUANT_FORCE_ISA": name, "PYTHONPATH": os.path.dirname(__file__)}
-    child = subprocess.run([sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, check=True
+    )
     return json.loads(child.stdout)
 
 

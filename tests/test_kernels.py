@@ -1,4 +1,4 @@
-"""Every kernel that this CPU runs, called directly: the same integers as plain C and as NumPy, at every edge."""
+"""Every kernel that this CPU runs, called directly: the same integers as NumPy, at every edge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ class _Kernels(ctypes.Structure):
 
 def _runs(name: str) -> bool:
     flags = open("/proc/cpuinfo", encoding="ascii", errors="ignore").read().split()
-    needed = {"plain_c": [], "avx2": ["avx2"], "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512vbmi"]}
+    needed = {
+        "plain_c": [],
+        "avx2": ["avx2"],
+        "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512vbmi"],
+    }
     wanted = needed[name]
     if name == "avx512":
         return all(flag in flags for flag in wanted[:3]) and any(flag in flags for flag in wanted[3:])
@@ -77,7 +81,9 @@ class Train:
         for chunk in range(self.chunks):
             for k in range(CLASSES):
                 program = base + TRAIN_BYTES + (chunk * CLASSES + k) * PROGRAM_BYTES
-                kernels(name).integrate(lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data)
+                kernels(name).integrate(
+                    lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
+                )
         return result
 
     def expected(self, codes: np.ndarray) -> np.ndarray:
@@ -123,7 +129,11 @@ ADVERSARIAL = {
 def test_adversarial_trains(name, pattern, n_inputs, extreme):
     values = ADVERSARIAL[pattern](n_inputs)
     rng = np.random.default_rng(n_inputs)
-    codes = rng.integers(0, 16, (TILE, n_inputs), np.uint8) if extreme is None else np.full((TILE, n_inputs), extreme, np.uint8)
+    codes = (
+        rng.integers(0, 16, (TILE, n_inputs), np.uint8)
+        if extreme is None
+        else np.full((TILE, n_inputs), extreme, np.uint8)
+    )
     codes[5], codes[70] = 0, 15  # the extremes side by side in one byte
     for coarse in (None, values != 0):
         train = Train(spka(values, coarse))
@@ -152,21 +162,28 @@ def test_salient_weights(name, density):
         values = rng.integers(-16, 16, n_blocks * 64).astype(np.int8)
         if n_blocks == 1023:
             values[:] = -16  # sums at the limit of 16 bits
-        salients = rng.integers(0, 256, (n_blocks, 2, TILE)).astype(np.uint8)  # all patterns, the invalid one, too
+        salients = rng.integers(0, 256, (n_blocks, 2, TILE)).astype(
+            np.uint8
+        )  # all patterns, the invalid one, too
         if n_blocks == 1023:
             salients = (salients & 63) | 0x40
         salients[rng.random(salients.shape) >= density] = 0
         found = np.zeros(TILE, np.int16)
         kernels(name).add_salient(salients.ctypes.data, values.ctypes.data, n_blocks, found.ctypes.data)
         sign = np.array([0, 1, -1, 0])[salients >> 6]
-        looked_up = values.reshape(n_blocks, 64)[np.arange(n_blocks)[:, None, None], salients & 63].astype(np.int64)
+        looked_up = values.reshape(n_blocks, 64)[np.arange(n_blocks)[:, None, None], salients & 63].astype(
+            np.int64
+        )
         assert np.array_equal(found, (sign * looked_up).sum(axis=(0, 1)))
 
 
 def test_integer_potentials_of_the_dot_product():
     cpu = load().cpu
     potentials = cpu.spike_potentials_of_row
-    potentials.argtypes, potentials.restype = (c_void_p, c_void_p, c_int64, POINTER(c_int32), POINTER(c_int32)), None
+    potentials.argtypes, potentials.restype = (
+        (c_void_p, c_void_p, c_int64, POINTER(c_int32), POINTER(c_int32)),
+        None,
+    )
     rng = np.random.default_rng(3)
     for n_blocks in (1, 9, 64):
         weights = codec.encode_weights(rng.standard_normal((5, n_blocks * 64)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Beside an unpatched build of the same pin: stock models give the same logits, and spike models are refused."""
+"""Beside an unpatched build of the same pin: stock models give the same logits, spike models are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import numpy as np
 import llama_cpp
 digests = {}
 for path in sys.argv[1:]:
-    model = llama_cpp.Llama(path, n_ctx=256, n_batch=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+    threads = {"n_threads": 2, "n_threads_batch": 2}
+    model = llama_cpp.Llama(path, n_ctx=256, n_batch=64, logits_all=True, verbose=False, **threads)
     tokens = [1 + i * 7 % 300 for i in range(100)]
     model.eval(tokens)
     digests[path] = hashlib.sha256(np.asarray(model.scores[: len(tokens)]).tobytes()).hexdigest()
@@ -40,11 +41,17 @@ def run_child(models: list[Path], python_path: Path | None) -> subprocess.Comple
     if python_path is not None:
         environment["PYTHONPATH"] = str(python_path)
     return subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, models)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _CHILD, *map(str, models)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-def test_stock_types_give_the_same_logits(runtime: RuntimeInfo, unpatched: Path, tiny_model_f32: Path, quantized):
+def test_stock_types_give_the_same_logits(
+    runtime: RuntimeInfo, unpatched: Path, tiny_model_f32: Path, quantized
+):
     models = [quantized(tiny_model_f32, kind) for kind in STOCK_TYPES]
     results = {}
     for name, path in (("patched", None), ("unpatched", unpatched)):
@@ -57,7 +64,9 @@ def test_stock_types_give_the_same_logits(runtime: RuntimeInfo, unpatched: Path,
     assert len(set(results["patched"]["digests"].values())) == len(models)
 
 
-def test_stock_llama_cpp_refuses_a_spike_model(runtime: RuntimeInfo, unpatched: Path, tiny_models: dict[str, Path]):
+def test_stock_llama_cpp_refuses_a_spike_model(
+    runtime: RuntimeInfo, unpatched: Path, tiny_models: dict[str, Path]
+):
     child = run_child([tiny_models["spk4"]], unpatched)
     assert child.returncode == 1  # an exception of llama_cpp.Llama, no crash
     assert "Failed to load model" in child.stderr
