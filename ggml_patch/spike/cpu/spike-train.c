@@ -16,9 +16,12 @@ static uint32_t padded(uint32_t n) {
 
 enum { BUCKETS = 2*(SPIKE_MAX_MAGNITUDE + 1) };
 
-// Magnitude and sign as one number; 0 and 1 are silent.
+// Magnitude and sign as one number, 2*|value| + (value < 0); 0 and 1 are silent. Signs are as good as random, so that
+// a branch would be mispredicted half of the time.
 static inline int bucket_of(int value) {
-    return value < 0 ? 1 - 2*value : 2*value;
+    const int negative  = -(value < 0);
+    const int magnitude = (value ^ negative) - negative;
+    return magnitude + magnitude - negative;
 }
 
 // Steps and places of the lists from the number of inputs in each bucket. Returns where the lists end.
