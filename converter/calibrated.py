@@ -170,7 +170,7 @@ def _calibrate(
 ) -> Recipe:
     library = load()
     text = options.text or default_calibration_text()
-    threads = options.threads or os.cpu_count() or 1
+    workers = Workers(options.threads)
     # Experts see only the tokens that are routed to them, in products of another kind; the output sees only
     # the last token of a stretch.
     plain = [
@@ -184,14 +184,15 @@ def _calibrate(
         text.name,
         ctx=options.ctx,
         chunks=options.chunks,
-        threads=threads,
+        threads=workers.threads,
         budget=options.memory,
         report=lambda done, total: progress(CALIBRATE, text.name, done, total),
     )
     factors: dict[Site, NDArray[np.float32]] = {}
     if options.smoothing:
-        for name, squares in store.diagonals().items():
-            site = next(site for site in sites if site.readers[0] == name)
+        mean_squares = store.diagonals()
+        for site in sites:
+            squares = mean_squares[site.readers[0]]
             found = scaling_factors(site, squares, source) if squares is not None else None
             if found is not None:
                 factors[site] = found
@@ -200,9 +201,9 @@ def _calibrate(
         store,
         {name: site for site in sites for name in site.readers},
         factors,
-        DirectQuantizer(library, Workers(threads)),
+        DirectQuantizer(library, workers),
         options,
-        threads,
+        workers.threads,
     )
     return Recipe(
         calibration=f"{text.name}, sha256 {text.sha256[:16]}, "

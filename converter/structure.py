@@ -63,7 +63,7 @@ def find_sites(
         match = _BLOCK.match(name)
         if name in placed:
             continue
-        site = _site(name, match.group(0), present, wanted, heads, groups, metadata) if match else None
+        site = _site(name, match.group(0), present, wanted, heads, groups) if match else None
         site = site or Site("", (name,))
         sites.append(site)
         placed.update(site.readers)
@@ -77,7 +77,6 @@ def _site(
     wanted: set[str],
     heads: object,
     groups: object,
-    metadata: Mapping[str, object],
 ) -> Site | None:
     def tensors(*parts: str) -> tuple[str, ...]:
         return tuple(block + part for part in parts if block + part in present)

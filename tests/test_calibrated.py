@@ -18,6 +18,7 @@ from spikequant_gguf.converter.source import open_gguf
 from spikequant_gguf.converter.structure import Site, find_sites
 from spikequant_gguf.errors import InputError
 from spikequant_gguf.evaluation import Model
+from spikequant_gguf.format import BLOCK_SPK4
 from spikequant_gguf.native import load
 from spikequant_gguf.texts import Text, read_text
 
@@ -172,19 +173,13 @@ def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
         errors = [
             output_error(
                 source[name].astype(np.float64),
-                stored[path][name].view(codec_dtype()).reshape(len(source[name]), -1),
+                stored[path][name].view(BLOCK_SPK4).reshape(len(source[name]), -1),
                 h,
             )
             for path in (direct.path, report.path)
         ]
         assert errors[1] < errors[0], name
     moments.close()
-
-
-def codec_dtype() -> np.dtype:
-    from spikequant_gguf.format import BLOCK_SPK4
-
-    return BLOCK_SPK4
 
 
 @pytest.mark.parametrize("smoothing", [False, True])
