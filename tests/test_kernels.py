@@ -28,6 +28,7 @@ class _Kernels(ctypes.Structure):
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
         ("tokens_for_lines", c_int64),
+        ("integrate_ahead", ctypes.CFUNCTYPE(None, *(c_void_p,) * 6)),
     ]
 
 
@@ -52,28 +53,32 @@ def kernels(name: str) -> _Kernels:
 
 
 class Train:
-    """A spike train as the runtime builds it, and what it was built from."""
+    """A spike train as the runtime builds it in chunks of so many blocks, and what it was built from."""
 
-    def __init__(self, activations: np.ndarray) -> None:
+    def __init__(self, activations: np.ndarray, chunk_blocks: int = 63) -> None:
         cpu = load().cpu
-        cpu.spike_train_size.restype, cpu.spike_train_size.argtypes = c_size_t, (c_int64,)
+        cpu.spike_train_size.restype, cpu.spike_train_size.argtypes = c_size_t, (c_int64, c_int64)
         cpu.spike_train_build.argtypes = (c_void_p, c_int64, c_void_p)
         cpu.spike_train_build.restype = None
         self.n_inputs = activations.shape[-1] * 64
         self.fine, self.coarse, _, _ = (part[0] for part in codec.activation_values(activations[None]))
-        self.chunks = -(-self.n_inputs // 64 // 63)
-        size = cpu.spike_train_size(self.n_inputs)
+        self.chunks = -(-self.n_inputs // 64 // chunk_blocks)
+        size = cpu.spike_train_size(self.n_inputs, self.chunks)
         self.memory = np.zeros(size + 64, np.uint8)
         start = -self.memory.ctypes.data % 64
         self.bytes = self.memory[start : start + size]
         self.offsets_at = TRAIN_BYTES + self.chunks * CLASSES * PROGRAM_BYTES
         self.max_spikes = self.n_inputs + self.chunks * CLASSES * 2 * 16 * 3
+        self.bytes[TRAIN_BYTES - 4 : TRAIN_BYTES].view(np.int32)[0] = self.chunks
         values = self.bytes[self.offsets_at + 4 * self.max_spikes :][: 2 * self.n_inputs].view(np.int8)
         values[: self.n_inputs], values[self.n_inputs :] = self.fine, self.coarse
         cpu.spike_train_build(activations.ctypes.data, self.n_inputs, self.bytes.ctypes.data)
 
-    def potentials(self, name: str, codes: np.ndarray) -> np.ndarray:
-        """int32[2, 128] of codes uint8[128, n_inputs]: fine and coarse, each code counted from 8."""
+    def potentials(self, name: str, codes: np.ndarray, ahead: bool = False) -> np.ndarray:
+        """int32[2, 128] of codes uint8[128, n_inputs]: fine and coarse, each code counted from 8.
+
+        With `ahead`, by the kernel that prefetches.
+        """
         lines = np.zeros((self.n_inputs + 1, LINE), np.uint8)
         lines[:-1] = (codes[:LINE] | codes[LINE:] << 4).T
         result = np.zeros((CLASSES, TILE), np.int32)
@@ -81,9 +86,12 @@ class Train:
         for chunk in range(self.chunks):
             for k in range(CLASSES):
                 program = base + TRAIN_BYTES + (chunk * CLASSES + k) * PROGRAM_BYTES
-                kernels(name).integrate(
-                    lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
-                )
+                arguments = lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
+                if ahead:
+                    offsets = np.zeros(self.max_spikes, np.uint32)
+                    kernels(name).integrate_ahead(*arguments, lines.ctypes.data, offsets.ctypes.data)
+                else:
+                    kernels(name).integrate(*arguments)
         return result
 
     def expected(self, codes: np.ndarray) -> np.ndarray:
@@ -150,8 +158,9 @@ def test_random_trains(name):
         values = np.clip(np.rint(rng.standard_normal(n_inputs) * spread), -16, 15).astype(int)
         coarse = (rng.random(n_inputs) < rng.choice([0, 0.02, 0.3])) & (values != 0)
         codes = rng.integers(0, 16, (TILE, n_inputs), np.uint8)
-        train = Train(spka(values, coarse))
-        assert np.array_equal(train.potentials(name, codes), train.expected(codes))
+        train = Train(spka(values, coarse), int(rng.integers(1, 64)))
+        ahead = bool(kernels(name).integrate_ahead) and rng.random() < 0.5
+        assert np.array_equal(train.potentials(name, codes, ahead), train.expected(codes))
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -23,6 +23,11 @@ typedef struct {
 
     // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
     int64_t tokens_for_lines;
+
+    // integrate, and for every place in the program's lists (see spike_program_places) a prefetch into the second-level
+    // cache: of the line ahead + ahead_offsets[place], which a later program needs. NULL: there is only integrate.
+    void (*integrate_ahead)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                            int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead, const uint32_t * ahead_offsets);
 } spike_kernels;
 
 extern const spike_kernels spike_kernels_plain_c;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t TOKEN_BLOCK  = 32; // tokens that share a tile's lines and salient weights while they are in cache
 constexpr int64_t FEW_TOKENS   = 2;  // read their lines where they lie; more tokens have the tile's lines copied together
+constexpr int64_t DECODE_CHUNK_BLOCKS = 4; // a strip's lines of two such chunks (1/2 MB) stay in the second-level cache
 constexpr int64_t STORED_ROWS  = 64; // rows per unit of work on the slow path
 constexpr size_t  ALIGNMENT    = 64;
 
@@ -121,6 +122,15 @@ class routed_product {
     route *             routes;
 };
 
+// Whether every token meets its own weights, or all of them alone: generation of text. The weights come from memory then.
+bool serves_single_tokens(const ggml_tensor * op) {
+    return (op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1]) == 1;
+}
+
+int64_t chunks_of(const ggml_tensor * op) {
+    return spike_chunks(op->src[0]->ne[0], serves_single_tokens(op) ? DECODE_CHUNK_BLOCKS : SPIKE_CHUNK_BLOCKS);
+}
+
 // ---- working memory
 
 struct work_layout {
@@ -135,24 +145,28 @@ struct tile_scratch {
     int8_t *   values;    // [class][input][token]
     uint8_t *  lines;     // [input][64], and a line of zeros
     uint32_t * offsets;   // [token][spike], of lines in a strip
+    uint32_t * ahead;     // [place], of lines to prefetch while the programs of a chunk run
 
     // what values and offsets belong to
     int64_t job = -1, first_token = -1;
     size_t  stride = 0;
 
-    tile_scratch(char * memory, int64_t n_inputs) {
+    tile_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
         take(memory, potential, TOKEN_BLOCK*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         take(memory, values, SPIKE_CLASSES*n_inputs*TOKEN_BLOCK);
         take(memory, lines, (n_inputs + 1)*SPIKE_LINE_BYTES);
-        take(memory, offsets, FEW_TOKENS*spike_max_spikes(n_inputs));
+        take(memory, offsets, FEW_TOKENS*spike_max_spikes(n_inputs, n_chunks));
+        take(memory, ahead, SPIKE_STRIP_TILES*(spike_max_spikes(DECODE_CHUNK_BLOCKS*QK_SPK, 1) + 1));
+        end = memory;
     }
 
-    static size_t size(int64_t n_inputs) {
-        tile_scratch scratch(nullptr, n_inputs);
-        return (size_t) ((char *) (scratch.offsets + FEW_TOKENS*spike_max_spikes(n_inputs)) - (char *) nullptr) + ALIGNMENT;
+    static size_t size(int64_t n_inputs, int64_t n_chunks) {
+        return (size_t) (tile_scratch(nullptr, n_inputs, n_chunks).end - (char *) nullptr) + ALIGNMENT;
     }
 
   private:
+    char * end;
+
     template <typename T> static void take(char *& memory, T *& array, int64_t n) {
         array   = (T *) memory;
         memory += aligned((size_t) n*sizeof(T));
@@ -162,12 +176,13 @@ struct tile_scratch {
 work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_inputs  = op->src[0]->ne[0];
     const int64_t n_columns = ggml_nrows(op->src[1]);
+    const int64_t n_chunks  = chunks_of(op);
     work_layout w;
     w.blocks  = 0;
     w.trains  = aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
-    w.table   = w.trains + (size_t) n_columns*spike_train_size(n_inputs);
+    w.table   = w.trains + (size_t) n_columns*spike_train_size(n_inputs, n_chunks);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
-    w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), aligned(tile_scratch::size(n_inputs)));
+    w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), aligned(tile_scratch::size(n_inputs, n_chunks)));
     w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
     return w;
 }
@@ -243,32 +258,29 @@ void add_salient_by_lines(const uint8_t * salients, const spike_layout & layout,
     }
 }
 
-void add_salient_by_tokens(const uint8_t * salients, const spike_layout & layout, int spike_class, const token_block & tokens, tile_scratch & s) {
-    for (int64_t t = 0; t < tokens.n; t++) {
-        if (!tokens.trains[t]->fires[spike_class]) {
-            continue;
-        }
-        int16_t   sum[SPIKE_TILE_ROWS];
-        int32_t * potential = s.potential + (t*SPIKE_CLASSES + spike_class)*SPIKE_TILE_ROWS;
-        spike_select_kernels()->add_salient(salients, spike_train_values(tokens.trains[t], layout.n_inputs, spike_class), layout.n_blocks, sum);
-        for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
-            potential[r] += 16*sum[r];
-        }
+void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, int spike_class, const spike_train * train, int32_t * potential) {
+    if (!train->fires[spike_class]) {
+        return;
+    }
+    int16_t sum[SPIKE_TILE_ROWS];
+    spike_select_kernels()->add_salient(salients, spike_train_values(train, layout.n_inputs, spike_class), layout.n_blocks, sum);
+    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+        potential[r] += 16*sum[r];
     }
 }
 
 // Offsets of the lines that fire where the lines of several tiles are interleaved.
-void scale_offsets(const spike_train * train, int64_t n_inputs, size_t stride, uint32_t * scaled) {
+void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled) {
     const uint32_t   width   = (uint32_t) (stride/SPIKE_LINE_BYTES);
-    const uint32_t * offsets = spike_train_offsets(train, n_inputs);
+    const uint32_t * offsets = spike_train_offsets(train);
     for (uint32_t e = 0; e < train->n_spikes; e++) {
         scaled[e] = offsets[e]*width;
     }
 }
 
-void integrate_token(const uint8_t * lines, const spike_train * train, const uint32_t * offsets, int64_t n_chunks, int32_t * potential) {
+void integrate_token(const uint8_t * lines, const spike_train * train, const uint32_t * offsets, int32_t * potential) {
     memset(potential, 0, SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
-    for (int64_t c = 0; c < n_chunks; c++) {
+    for (int64_t c = 0; c < train->n_chunks; c++) {
         for (int k = 0; k < SPIKE_CLASSES; k++) {
             spike_select_kernels()->integrate(lines, spike_train_program(train, k, c), offsets, potential + k*SPIKE_TILE_ROWS);
         }
@@ -276,7 +288,8 @@ void integrate_token(const uint8_t * lines, const spike_train * train, const uin
 }
 
 void integrate_tokens(const spike_layout & layout, const spike_tile_lines & lines, const token_block & tokens, tile_scratch & s) {
-    const int64_t n_inputs = layout.n_inputs, n_chunks = spike_chunks(n_inputs);
+    const int64_t n_inputs   = layout.n_inputs;
+    const int64_t max_spikes = spike_max_spikes(n_inputs, tokens.trains[0]->n_chunks);
     const bool few = tokens.n <= FEW_TOKENS;
     if (!few) {
         // side by side, the lines of a tile do not fight for the same cache sets
@@ -285,13 +298,13 @@ void integrate_tokens(const spike_layout & layout, const spike_tile_lines & line
         }
     } else if (s.stride != lines.stride) {
         for (int64_t t = 0; t < tokens.n; t++) {
-            scale_offsets(tokens.trains[t], n_inputs, lines.stride, s.offsets + t*spike_max_spikes(n_inputs));
+            scale_offsets(tokens.trains[t], lines.stride, s.offsets + t*max_spikes);
         }
         s.stride = lines.stride;
     }
     for (int64_t t = 0; t < tokens.n; t++) {
-        const uint32_t * offsets = few ? s.offsets + t*spike_max_spikes(n_inputs) : spike_train_offsets(tokens.trains[t], n_inputs);
-        integrate_token(few ? lines.first : s.lines, tokens.trains[t], offsets, n_chunks, s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+        const uint32_t * offsets = few ? s.offsets + t*max_spikes : spike_train_offsets(tokens.trains[t]);
+        integrate_token(few ? lines.first : s.lines, tokens.trains[t], offsets, s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS);
     }
 }
 
@@ -317,7 +330,7 @@ void read_out(const token_block & tokens, const uint16_t * headers, int64_t row0
 
 template <typename P>
 void compute_tile(const P & product, int64_t j, int64_t tile, int64_t t0, int64_t n_tokens, const spike_layout & layout,
-                  const char * trains, tile_scratch & s) {
+                  const char * trains, size_t train_size, tile_scratch & s) {
     const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
     token_block tokens;
     tokens.n = n_tokens;
@@ -325,7 +338,7 @@ void compute_tile(const P & product, int64_t j, int64_t tile, int64_t t0, int64_
     bool fires[SPIKE_CLASSES] = { false, false };
     for (int64_t t = 0; t < n_tokens; t++) {
         const token tok   = product.get_token(j, t0 + t);
-        tokens.trains[t]  = (const spike_train *) (trains + (size_t) tok.column*spike_train_size(layout.n_inputs));
+        tokens.trains[t]  = (const spike_train *) (trains + (size_t) tok.column*train_size);
         tokens.outputs[t] = tok.output;
         for (int k = 0; k < SPIKE_CLASSES; k++) {
             fires[k] = fires[k] || tokens.trains[t]->fires[k];
@@ -346,12 +359,122 @@ void compute_tile(const P & product, int64_t j, int64_t tile, int64_t t0, int64_
         if (fires[k] && by_lines) {
             add_salient_by_lines(salients, layout, k, n_tokens, s);
         } else if (fires[k]) {
-            add_salient_by_tokens(salients, layout, k, tokens, s);
+            for (int64_t t = 0; t < n_tokens; t++) {
+                add_salient_of_token(salients, layout, k, tokens.trains[t], s.potential + (t*SPIKE_CLASSES + k)*SPIKE_TILE_ROWS);
+            }
         }
     }
     const int64_t row0   = tile*SPIKE_TILE_ROWS;
     const int64_t n_rows = std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0);
     read_out(tokens, spike_headers(&layout, packed) + row0, row0, n_rows, s.potential);
+}
+
+// ---- one token: tiles side by side, chunk by chunk, the next chunk's lines on their way from memory
+
+void prefetch(const uint8_t * line) {
+#if defined(__GNUC__)
+    __builtin_prefetch(line, 0, 2);
+#else
+    (void) line;
+#endif
+}
+
+// Offsets of the active lines of a chunk in the order of their addresses, which memory serves fastest.
+// Returns how many; up to 16 more places are overwritten.
+uint32_t list_active_lines(const spike_train * train, int64_t n_inputs, int64_t chunk, size_t stride, int64_t n_tiles, uint32_t * list) {
+    const int8_t * fine   = spike_train_values(train, n_inputs, 0);
+    const int8_t * coarse = spike_train_values(train, n_inputs, 1);
+    uint32_t active[DECODE_CHUNK_BLOCKS*QK_SPK], n_active = 0;
+    for (int64_t i = spike_chunk_start(n_inputs, train->n_chunks, chunk); i < spike_chunk_start(n_inputs, train->n_chunks, chunk + 1); i++) {
+        active[n_active] = (uint32_t) i;
+        n_active += (fine[i] | coarse[i]) != 0;
+    }
+    for (uint32_t e = 0; e < n_active; e++) {
+        for (uint32_t t = 0; t < SPIKE_STRIP_TILES; t++) {
+            list[t] = active[e]*(uint32_t) stride + t*SPIKE_LINE_BYTES;
+        }
+        list += n_tiles;
+    }
+    return n_active*(uint32_t) n_tiles;
+}
+
+void integrate_single_token(const spike_layout & layout, const spike_tile_lines & lines, int64_t n_tiles, const spike_train * train, tile_scratch & s) {
+    const spike_kernels * kernels = spike_select_kernels();
+    if (s.stride != lines.stride) {
+        scale_offsets(train, lines.stride, s.offsets);
+        s.stride = lines.stride;
+    }
+    memset(s.potential, 0, (size_t) n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+    uint32_t n_ahead = kernels->integrate_ahead ? list_active_lines(train, layout.n_inputs, 0, lines.stride, n_tiles, s.ahead) : 0;
+    for (uint32_t e = 0; e < n_ahead; e++) {
+        prefetch(lines.first + s.ahead[e]);
+    }
+    for (int64_t c = 0; c < train->n_chunks; c++) {
+        const bool last = c + 1 == train->n_chunks;
+        n_ahead = last || !kernels->integrate_ahead ? 0 : list_active_lines(train, layout.n_inputs, c + 1, lines.stride, n_tiles, s.ahead);
+        uint32_t n_places = 0;
+        for (int k = 0; k < SPIKE_CLASSES; k++) {
+            n_places += spike_program_places(train, k, c);
+        }
+        n_places *= (uint32_t) n_tiles;
+        for (uint32_t e = n_ahead; n_ahead > 0 && e < n_places; e++) {
+            s.ahead[e] = s.ahead[n_ahead - 1];
+        }
+        const uint32_t * ahead = s.ahead;
+        for (int64_t t = 0; t < n_tiles; t++) {
+            for (int k = 0; k < SPIKE_CLASSES; k++) {
+                const uint8_t *       first     = lines.first + t*SPIKE_LINE_BYTES;
+                const spike_program * program   = spike_train_program(train, k, c);
+                int32_t *             potential = s.potential + (t*SPIKE_CLASSES + k)*SPIKE_TILE_ROWS;
+                if (n_ahead > 0) {
+                    kernels->integrate_ahead(first, program, s.offsets, potential, lines.first, ahead);
+                    ahead += spike_program_places(train, k, c);
+                } else {
+                    kernels->integrate(first, program, s.offsets, potential);
+                }
+            }
+        }
+        for (uint32_t e = n_places; e < n_ahead; e++) {
+            prefetch(lines.first + s.ahead[e]);
+        }
+    }
+}
+
+template <typename P>
+void compute_single_token(const P & product, int64_t j, int64_t tile0, int64_t n_tiles, const spike_layout & layout, const char * trains,
+                          size_t train_size, tile_scratch & s) {
+    const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
+    const token     tok    = product.get_token(j, 0);
+    token_block tokens;
+    tokens.n          = 1;
+    tokens.trains[0]  = (const spike_train *) (trains + (size_t) tok.column*train_size);
+    tokens.outputs[0] = tok.output;
+    if (s.job != j) {
+        s.job    = j;
+        s.stride = 0;
+    }
+    integrate_single_token(layout, spike_lines_of_tile(&layout, packed, tile0), n_tiles, tokens.trains[0], s);
+    for (int64_t t = 0; t < n_tiles; t++) {
+        int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
+        const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
+        for (int k = 0; k < SPIKE_CLASSES; k++) {
+            add_salient_of_token(salients, layout, k, tokens.trains[0], potential + k*SPIKE_TILE_ROWS);
+        }
+        const int64_t row0 = (tile0 + t)*SPIKE_TILE_ROWS;
+        read_out(tokens, spike_headers(&layout, packed) + row0, row0, std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0), potential);
+    }
+}
+
+// Tiles that one thread takes at a time: a whole strip, or less where threads would go without. A group lies in one strip.
+int64_t tiles_per_group(int64_t n_tiles, int n_threads) {
+    if (n_tiles <= SPIKE_STRIP_TILES) {
+        return (n_tiles + n_threads - 1)/n_threads;
+    }
+    int64_t group = SPIKE_STRIP_TILES;
+    while (n_threads > 1 && group > 4 && n_tiles < 4*n_threads*group) {
+        group /= 2;
+    }
+    return group;
 }
 
 // Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows.
@@ -372,11 +495,21 @@ void for_each_unit(const ggml_compute_params * params, const P & product, int64_
 }
 
 template <typename P>
-void integrate_tiles(const ggml_compute_params * params, const P & product, const ggml_tensor * src0, char * work, const work_layout & w) {
+void integrate_tiles(const ggml_compute_params * params, const P & product, const ggml_tensor * op, char * work, const work_layout & w) {
+    const ggml_tensor * src0 = op->src[0];
     const spike_layout layout = spike_layout_of(src0->ne[0], src0->ne[1]);
-    tile_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
+    const int64_t n_chunks   = chunks_of(op);
+    const size_t  train_size = spike_train_size(layout.n_inputs, n_chunks);
+    tile_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, n_chunks);
+    if (serves_single_tokens(op)) {
+        const int64_t group = tiles_per_group(layout.n_tiles, params->nth);
+        for_each_unit(params, product, (layout.n_tiles + group - 1)/group, [&](int64_t j, int64_t g, int64_t, int64_t) {
+            compute_single_token(product, j, g*group, std::min(group, layout.n_tiles - g*group), layout, work + w.trains, train_size, scratch);
+        });
+        return;
+    }
     for_each_unit(params, product, layout.n_tiles, [&](int64_t j, int64_t tile, int64_t t0, int64_t n_tokens) {
-        compute_tile(product, j, tile, t0, n_tokens, layout, work + w.trains, scratch);
+        compute_tile(product, j, tile, t0, n_tokens, layout, work + w.trains, train_size, scratch);
     });
 }
 
@@ -415,15 +548,21 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
     const ggml_tensor * src1 = op->src[1];
     const int64_t n_inputs = src1->ne[0], n_columns = ggml_nrows(src1);
     const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
-    const bool tiles = form_of(op->src[0]) == weight_form::tiles;
+    const bool    tiles      = form_of(op->src[0]) == weight_form::tiles;
+    const int64_t n_chunks   = chunks_of(op);
+    const size_t  train_size = spike_train_size(n_inputs, n_chunks);
     float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
 
     for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
         const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
         const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
         block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
-        spike_train * train  = (spike_train *) (work + w.trains + (size_t) c*spike_train_size(n_inputs));
-        int8_t *      values = tiles ? spike_train_values_to_fill(train, n_inputs) : nullptr;
+        spike_train * train  = (spike_train *) (work + w.trains + (size_t) c*train_size);
+        int8_t *      values = nullptr;
+        if (tiles) {
+            train->n_chunks = (int32_t) n_chunks;
+            values = spike_train_values_to_fill(train, n_inputs);
+        }
         if (src1->type == GGML_TYPE_SPKA) {
             memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
             for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
@@ -441,7 +580,7 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
 template <typename P>
 void run_product(const ggml_compute_params * params, const P & product, const ggml_tensor * op, char * work, const work_layout & w) {
     if (form_of(op->src[0]) == weight_form::tiles) {
-        integrate_tiles(params, product, op->src[0], work, w);
+        integrate_tiles(params, product, op, work, w);
     } else {
         dot_stored_rows(params, product, op->src[0], work, w);
     }

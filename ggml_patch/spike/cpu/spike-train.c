@@ -4,9 +4,9 @@
 
 #include <string.h>
 
-size_t spike_train_size(int64_t n_inputs) {
-    const size_t size = sizeof(spike_train) + (size_t) (spike_chunks(n_inputs)*SPIKE_CLASSES)*sizeof(spike_program)
-        + (size_t) spike_max_spikes(n_inputs)*sizeof(uint32_t) + (size_t) (SPIKE_CLASSES*n_inputs);
+size_t spike_train_size(int64_t n_inputs, int64_t n_chunks) {
+    const size_t size = sizeof(spike_train) + (size_t) (n_chunks*SPIKE_CLASSES)*sizeof(spike_program)
+        + (size_t) spike_max_spikes(n_inputs, n_chunks)*sizeof(uint32_t) + (size_t) (SPIKE_CLASSES*n_inputs);
     return (size + 63) & ~(size_t) 63;
 }
 
@@ -122,8 +122,9 @@ static uint32_t build_coarse_program(const int8_t * values, const block_spka * a
 }
 
 void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_train * train) {
-    const int64_t n_blocks = n_inputs/QK_SPK, n_chunks = spike_chunks(n_inputs);
+    const int32_t n_chunks = train->n_chunks;
     memset(train, 0, sizeof(*train));
+    train->n_chunks    = n_chunks;
     train->threshold   = activations->threshold;
     train->coarse_unit = (float) (1 << (activations->salient_shift & SPIKE_MAX_SHIFT));
 
@@ -139,8 +140,8 @@ void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_t
     uint32_t *      offsets   = (uint32_t *) (programs + n_chunks*SPIKE_CLASSES);
     const uint32_t  zero_line = (uint32_t) n_inputs << SPIKE_LINE_SHIFT;
     uint32_t next = 0;
-    for (int64_t c = 0; c < n_chunks; c++) { // chunks of equal size, but for rounding
-        const int64_t first = c*n_blocks/n_chunks*QK_SPK, last = (c + 1)*n_blocks/n_chunks*QK_SPK;
+    for (int64_t c = 0; c < n_chunks; c++) {
+        const int64_t first = spike_chunk_start(n_inputs, n_chunks, c), last = spike_chunk_start(n_inputs, n_chunks, c + 1);
         spike_program * program = &programs[c*SPIKE_CLASSES];
         next = build_fine_program(spike_train_values(train, n_inputs, 0), first, last, zero_line, program, offsets, next);
         next = build_coarse_program(spike_train_values(train, n_inputs, 1), activations, first, last, zero_line, program + 1, offsets, next);

@@ -14,7 +14,7 @@ extern "C" {
 #define SPIKE_MAX_MAGNITUDE 16
 #define SPIKE_CLASSES       2  // 0 standard and finely salient values, 1 coarse ones
 #define SPIKE_LIST_UNIT     4  // lists are padded to a multiple of it, with the line of zeros
-#define SPIKE_CHUNK_BLOCKS  63 // inputs per program: 4032
+#define SPIKE_CHUNK_BLOCKS  63 // at most, in a program: 4032 inputs
 
 // Kernels keep potentials in 16-bit lanes, as sums of code * steps modulo 2^16. With every code taken as 8 more than a
 // signed one, a potential lies within 8*B of 8*C, where B counts a step for every spike that has fired so far, and C does
@@ -42,11 +42,17 @@ typedef struct {
     int32_t  sum[SPIKE_CLASSES];  // of all signed magnitudes: the zero-point's share
     int32_t  fires[SPIKE_CLASSES]; // whether any input does
     uint32_t n_spikes;            // length of all lists
-    uint32_t reserved;
+    int32_t  n_chunks;            // set before the values; the rest is spike_train_build's
 } spike_train;
 
-static inline int64_t spike_chunks(int64_t n_inputs) {
-    return (n_inputs/QK_SPK + SPIKE_CHUNK_BLOCKS - 1)/SPIKE_CHUNK_BLOCKS;
+// How many chunks of at most so many blocks (1..SPIKE_CHUNK_BLOCKS) an input takes. Their sizes differ by one block at most.
+static inline int64_t spike_chunks(int64_t n_inputs, int64_t chunk_blocks) {
+    return (n_inputs/QK_SPK + chunk_blocks - 1)/chunk_blocks;
+}
+
+// The first input of a chunk; that of chunk n_chunks is n_inputs.
+static inline int64_t spike_chunk_start(int64_t n_inputs, int64_t n_chunks, int64_t chunk) {
+    return chunk*(n_inputs/QK_SPK)/n_chunks*QK_SPK;
 }
 
 // Program of a class and chunk.
@@ -54,28 +60,35 @@ static inline const spike_program * spike_train_program(const spike_train * trai
     return (const spike_program *) (train + 1) + chunk*SPIKE_CLASSES + spike_class;
 }
 
+// Length of a program's lists, padding included.
+static inline uint32_t spike_program_places(const spike_train * train, int spike_class, int64_t chunk) {
+    const int64_t index = chunk*SPIKE_CLASSES + spike_class;
+    const spike_program * program = (const spike_program *) (train + 1) + index;
+    return (index + 1 < train->n_chunks*SPIKE_CLASSES ? program[1].first : train->n_spikes) - program->first;
+}
+
 // Room for all lists, padding included.
-static inline int64_t spike_max_spikes(int64_t n_inputs) {
-    return n_inputs + spike_chunks(n_inputs)*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1);
+static inline int64_t spike_max_spikes(int64_t n_inputs, int64_t n_chunks) {
+    return n_inputs + n_chunks*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1);
 }
 
 // Byte offsets of the lines that fire, for tiles whose lines lie one after the other.
-static inline const uint32_t * spike_train_offsets(const spike_train * train, int64_t n_inputs) {
-    return (const uint32_t *) spike_train_program(train, 0, spike_chunks(n_inputs));
+static inline const uint32_t * spike_train_offsets(const spike_train * train) {
+    return (const uint32_t *) spike_train_program(train, 0, train->n_chunks);
 }
 
 // Signed magnitudes of all inputs of a class.
 static inline const int8_t * spike_train_values(const spike_train * train, int64_t n_inputs, int spike_class) {
-    return (const int8_t *) (spike_train_offsets(train, n_inputs) + spike_max_spikes(n_inputs)) + spike_class*n_inputs;
+    return (const int8_t *) (spike_train_offsets(train) + spike_max_spikes(n_inputs, train->n_chunks)) + spike_class*n_inputs;
 }
 
 static inline int8_t * spike_train_values_to_fill(spike_train * train, int64_t n_inputs) {
     return (int8_t *) (uintptr_t) spike_train_values(train, n_inputs, 0);
 }
 
-size_t spike_train_size(int64_t n_inputs);
+size_t spike_train_size(int64_t n_inputs, int64_t n_chunks);
 
-// Builds the programs of a token whose values the train already holds.
+// Builds the programs of a token. The train already holds n_chunks and the values.
 void   spike_train_build(const block_spka * activations, int64_t n_inputs, spike_train * train);
 
 #ifdef __cplusplus

@@ -15,7 +15,8 @@ static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b,
 }
 
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
-                                                                       lanes * current, int negative) {
+                                                                       lanes * current, int negative,
+                                                                       const uint8_t * ahead, const uint32_t ** ahead_offsets) {
     const __m512i nibble = _mm512_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
@@ -27,6 +28,12 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 low  = _mm512_add_epi8(low, _mm512_and_si512(y, nibble));
                 high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
                 KEEP_ORDER(low, high);
+                if (ahead) {
+                    _mm_prefetch((const char *) ahead + (*ahead_offsets)[e], _MM_HINT_T1);
+                }
+            }
+            if (ahead) {
+                *ahead_offsets += SPIKE_LIST_UNIT;
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
@@ -59,16 +66,18 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
 }
 
-static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                      int32_t potential[SPIKE_TILE_ROWS]) {
+// With ahead NULL, known when this is compiled, nothing is prefetched.
+static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program,
+                                                              const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
+                                                              const uint8_t * ahead, const uint32_t * ahead_offsets) {
     const __m512i zero = _mm512_setzero_si512();
     const lanes silent = { zero, zero, zero, zero };
     lanes current = silent, sum = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current, 0);
-        offsets = add_list(lines, offsets, step->n_negative, &current, 1);
+        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead, &ahead_offsets);
+        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead, &ahead_offsets);
         sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
         sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
         sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
@@ -80,6 +89,17 @@ static void integrate(const uint8_t * lines, const spike_program * program, cons
             sum = silent;
         }
     }
+}
+
+static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                      int32_t potential[SPIKE_TILE_ROWS]) {
+    run_program(lines, program, offsets, potential, NULL, NULL);
+}
+
+__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                                                     int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead,
+                                                     const uint32_t * ahead_offsets) {
+    run_program(lines, program, offsets, potential, ahead, ahead_offsets);
 }
 
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
@@ -110,4 +130,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, INT64_MAX };
+const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, INT64_MAX, integrate_ahead };
