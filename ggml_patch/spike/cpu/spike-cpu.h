@@ -18,6 +18,9 @@ GGML_BACKEND_API const char * spikequant_kernel(void);
 // Buffer type that keeps SPK4 matrices as tiles of neurons, and computes every SPK4 product (repacked or not).
 ggml_backend_buffer_type_t ggml_backend_cpu_spike_buffer_type(void);
 
+// The calling thread is about to compute this node of the graph; a null graph: it has left the last one.
+void spike_enter_node(const struct ggml_cgraph * graph, int node);
+
 #ifdef __cplusplus
 }
 #endif

@@ -16,6 +16,7 @@ constexpr int64_t FEW_TOKENS   = 2;  // read their lines where they lie; more to
 constexpr int64_t DECODE_CHUNK_BLOCKS = 4; // a strip's lines of two such chunks (1/2 MB) stay in the second-level cache
 constexpr int64_t STORED_ROWS  = 64; // rows per unit of work on the slow path
 constexpr size_t  ALIGNMENT    = 64;
+constexpr size_t  OTHERS_WORK  = 2048; // bytes per thread at the start of the work buffer, for operations between sharing products
 
 size_t aligned(size_t n) {
     return (n + ALIGNMENT - 1)/ALIGNMENT*ALIGNMENT;
@@ -178,8 +179,8 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_columns = ggml_nrows(op->src[1]);
     const int64_t n_chunks  = chunks_of(op);
     work_layout w;
-    w.blocks  = 0;
-    w.trains  = aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+    w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
+    w.trains  = w.blocks + aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
     w.table   = w.trains + (size_t) n_columns*spike_train_size(n_inputs, n_chunks);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     w.scratch_per_thread = std::max(aligned(2*(size_t) n_inputs*sizeof(float)), aligned(tile_scratch::size(n_inputs, n_chunks)));
@@ -205,6 +206,84 @@ spike_encoder_params encoder_params_of(const ggml_tensor * weights, bool rotated
     }
     params.rotated = rotated;
     return params;
+}
+
+// Whether the inputs are to be rotated: as the first block of the weights says.
+bool is_rotated(const ggml_tensor * weights) {
+    uint16_t header;
+    if (form_of(weights) == weight_form::tiles) {
+        const spike_layout layout = spike_layout_of(weights->ne[0], weights->ne[1]);
+        header = spike_headers(&layout, (const uint8_t *) weights->data)[0];
+    } else {
+        header = ((const block_spk4 *) weights->data)->header;
+    }
+    return !(header & SPK4_NOT_ROTATED);
+}
+
+// ---- sharing: products of the same input follow each other (query, key and value; gate and up)
+
+// Where the calling thread is in the graph that it computes; graph is null outside of one.
+struct graph_position {
+    const ggml_cgraph * graph = nullptr;
+    int                 node  = 0;
+};
+thread_local graph_position position;
+
+// Whether an operation writes nothing but its output, and no more than its share of OTHERS_WORK.
+bool leaves_work_alone(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_MUL:
+            return op->src[0]->type == GGML_TYPE_F32;
+        case GGML_OP_GLU:
+        case GGML_OP_UNARY:
+        case GGML_OP_SCALE:
+        case GGML_OP_CONT:
+        case GGML_OP_RMS_NORM:
+            return true;
+        case GGML_OP_ROPE: // a row and a cache line for each thread
+            return (size_t) op->ne[0]*sizeof(float) + 64 <= OTHERS_WORK;
+        default:
+            return false;
+    }
+}
+
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a0 = (const char *) a->data;
+    const char * b0 = (const char *) b->data;
+    return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+bool encodes_alike(const ggml_tensor * a, const ggml_tensor * b) {
+    const spike_encoder_params p = encoder_params_of(a->src[0], is_rotated(a->src[0]));
+    const spike_encoder_params q = encoder_params_of(b->src[0], is_rotated(b->src[0]));
+    return a->op == b->op && a->src[1] == b->src[1] && form_of(a->src[0]) == form_of(b->src[0]) && chunks_of(a) == chunks_of(b)
+        && p.salience == q.salience && p.silence == q.silence && p.zero_point == q.zero_point && p.rotated == q.rotated;
+}
+
+// Whether the work buffer already holds the encoded input: the last product before this one in the same run of the graph
+// had the same input tensor and settings, and since then nothing wrote to that input or to the encoding. Every
+// thread finds the same, for it depends on the graph alone.
+bool is_encoded(const ggml_tensor * op) {
+    if (!position.graph || position.graph->nodes[position.node] != op) {
+        return false;
+    }
+    for (int n = position.node - 1; n >= 0; n--) {
+        const ggml_tensor * before = position.graph->nodes[n];
+        if (ggml_op_is_empty(before->op)) {
+            continue;
+        }
+        if (!(before->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(before) || overlap(before, op->src[1])) {
+            return false;
+        }
+        if (computes(before)) {
+            return encodes_alike(before, op);
+        }
+        if (!leaves_work_alone(before)) {
+            return false;
+        }
+    }
+    return false;
 }
 
 // ---- tiles
@@ -531,18 +610,6 @@ void dot_stored_rows(const ggml_compute_params * params, const P & product, cons
     });
 }
 
-// Whether the inputs are to be rotated: as the first block of the weights says.
-bool is_rotated(const ggml_tensor * weights) {
-    uint16_t header;
-    if (form_of(weights) == weight_form::tiles) {
-        const spike_layout layout = spike_layout_of(weights->ne[0], weights->ne[1]);
-        header = spike_headers(&layout, (const uint8_t *) weights->data)[0];
-    } else {
-        header = ((const block_spk4 *) weights->data)->header;
-    }
-    return !(header & SPK4_NOT_ROTATED);
-}
-
 // Each thread encodes a contiguous range of src1's rows.
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
     const ggml_tensor * src1 = op->src[1];
@@ -613,7 +680,9 @@ void compute(const ggml_compute_params * params, ggml_tensor * op) {
     const size_t matrix_stride = tiles ? spike_layout_of(src0->ne[0], src0->ne[1]).size : 0;
     const bool   routed        = op->op == GGML_OP_MUL_MAT_ID;
 
-    encode_tokens(params, op, work, w);
+    if (!is_encoded(op)) {
+        encode_tokens(params, op, work, w);
+    }
     if (params->ith == 0) {
         if (routed) {
             routed_product(op, matrix_stride, work + w.table).fill_table();
@@ -630,3 +699,8 @@ void compute(const ggml_compute_params * params, ggml_tensor * op) {
 }
 
 } // namespace spike
+
+void spike_enter_node(const ggml_cgraph * graph, int node) {
+    spike::position.graph = graph;
+    spike::position.node  = node;
+}
