@@ -1,4 +1,4 @@
-"""Products of one input share its spikes within a run of a graph, and only while that input stays as it is."""
+"""Products of one input share its spikes in a run of a graph, and only while that input stays as it is."""
 
 from __future__ import annotations
 
