@@ -224,7 +224,7 @@ static int check_products(const spike_kernels * kernels, int n_cases) {
         };
         wrong += !check_product(kernels, &c);
     }
-    printf("%s products %d wrong %d\n", kernels->name, n_cases + N_LARGE*N_PATTERNS, wrong);
+    printf("products %d wrong %d\n", n_cases + N_LARGE*N_PATTERNS, wrong);
     return wrong;
 }
 
@@ -254,7 +254,7 @@ static int check_salients(const spike_kernels * kernels) {
         free(salients);
         free(values);
     }
-    printf("%s salients %d wrong %d\n", kernels->name, N_SIZES*KINDS, wrong);
+    printf("salients %d wrong %d\n", N_SIZES*KINDS, wrong);
     return wrong;
 }
 
@@ -321,7 +321,7 @@ static int check_encoder(void) {
             }
         }
     }
-    printf("encoder tokens %d wrong %d digest %016llx\n", n_tokens, wrong, (unsigned long long) digest);
+    printf("encoder %d wrong %d digest %016llx\n", n_tokens, wrong, (unsigned long long) digest);
     return wrong;
 }
 
