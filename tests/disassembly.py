@@ -6,8 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-# Products, fused or not, of integers or floats, dot products and their matrix forms; x86 and aarch64. Carry-less and
-# Galois-field products (pclmul, gf2p8mul) count as well: an accumulate function has no use for them.
+# Products, fused or not, of integers or floats, dot products and their matrix forms; x86 and aarch64.
+# Carry-less and Galois-field products (pclmul, gf2p8mul) count as well: adding has no use for them.
 _MULTIPLIES = re.compile(
     r".*mul"  # imul, mulss, vpmulld, smull, fmulx, pmull
     r"|.*madd|.*msub|.*nmadd|.*nmsub"  # pmaddubsw, vfmadd231ps, vpmadd52luq, madd, smaddl, fmsub
