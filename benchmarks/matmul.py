@@ -250,10 +250,9 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict:
                 progress.step("matmul", case)
                 rows += options.journal.rows(
                     case,
-                    lambda shape=shape, tokens=tokens, threads=threads, limit=limit: [
-                        asdict(row)
-                        for row in _measure_case(shape, tokens, threads, types[shape], limit, options, progress)
-                    ],
+                    lambda shape=shape, tokens=tokens, limit=limit: _measure_case(
+                        shape, tokens, types[shape], limit, options, progress
+                    ),
                 )
     places = {shape: place for place, shape in enumerate(options.shapes)}
     rows.sort(key=lambda row: (places[Shape(row["rows"], row["inputs"])], row["tokens"], row["threads"]))
@@ -313,7 +312,8 @@ def _curves(axes: Axes, rows: Sequence[dict], over: str, title: str) -> None:
         mine = {row[over]: row for row in sorted(rows, key=lambda row: row["rows"]) if row["type"] == kind}
         points = sorted((place, row["ratio_q4_0"]) for place, row in mine.items())
         width = 2.5 if kind == SPIKE_TYPE else 1.0
-        axes.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=kind.upper())
+        color = f"C{list(TYPES).index(kind)}"  # the same in all panels
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=width, color=color, label=kind.upper())
     axes.set_xscale("log", base=2)
     axes.set_xlabel(over)
     axes.set_ylabel("speed, Q4_0 = 1")
@@ -324,12 +324,13 @@ def _curves(axes: Axes, rows: Sequence[dict], over: str, title: str) -> None:
 def _measure_case(
     shape: Shape,
     tokens: int,
-    threads: int,
     types: Sequence[str],
     limit: dict,
     options: argparse.Namespace,
     progress: Progress,
-) -> list[Row]:
+) -> list[dict]:
+    """Rows of all types; limit: of the machine with the number of threads that compute."""
+    threads = limit["threads"]
     x = _activations(tokens, shape.inputs, options.outlier_share, options.outlier_factor)
     least_bytes = int(_CACHES_OF_COPIES * last_level_cache()) if tokens == 1 else 0
     shares = options.silent_shares if tokens == 1 else options.silent_shares[:1]
@@ -344,7 +345,7 @@ def _measure_case(
                 subjects[name] = lambda copies=copies, repeats=repeats: copies.sample(repeats)
                 paths[name], codings[name], sizes[name] = buffer, coding, copies.matrix_bytes
         measured = in_turns(subjects, options.rounds, progress.advance)
-    rows = []
+    rows: list[Row] = []
     for name, seconds in measured.items():
         kind, coding = name.partition(" ")[0], codings[name]
         ratio, low, high = ratios(seconds, measured[BASELINE_TYPE])
@@ -376,7 +377,7 @@ def _measure_case(
                 add_share=adds_per_s / limit["byte_adds_per_s"] if coding else None,
             )
         )
-    return rows
+    return [asdict(row) for row in rows]
 
 
 def _coding(x: NDArray[np.float32], silent_share: float) -> Coding:
