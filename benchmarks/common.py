@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import rich.console
+from journal import Journal
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -27,6 +29,7 @@ from spikequant_gguf.files import atomic_path
 from spikequant_gguf.ggml_api import buffer_types
 from spikequant_gguf.ggml_patch.cache import make_folder
 from spikequant_gguf.ggml_patch.progress import Progress
+from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
 from spikequant_gguf.host import HostFacts, host_facts
 from spikequant_gguf.runtime import require_runtime
 from spikequant_gguf.variants import SPIKE_TYPE
@@ -87,28 +90,50 @@ def run(
     options: argparse.Namespace,
     measure: Callable[[argparse.Namespace, Progress], dict],
     render: Callable[[rich.console.Console, dict], None],
+    plot: Callable[[Figure, dict], None] | None = None,
 ) -> int:
-    """Measure, keep the document in the folder of results, and show it. Ends the program after an error."""
+    """Measure, keep the document and its plot in the folder of results, and show it.
+
+    `measure` finds a Journal in ``options.journal``: what an interrupted run with the same arguments has
+    measured. Ends the program after an error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(json_output=options.json, quiet=options.quiet, verbose=options.verbose)
     with console.exit_codes(SystemExit):
         host = host_facts()
         require_runtime()
         require_fast_kernel(host)
+        identity = [name, arguments, host.to_json(), patch_id(load_upstream())]
+        options.journal = Journal(options.results / f"{name}.unfinished.jsonl", identity)
         with console.progress() as progress:
             measured = measure(options, progress)
         now = datetime.now(timezone.utc)
         document = {
             "benchmark": name,
             "created": now.isoformat(timespec="seconds"),
-            "arguments": list(sys.argv[1:] if argv is None else argv),
+            "arguments": arguments,
             "host": host.to_json() | {"last_level_cache_bytes": last_level_cache()},
         } | measured
         path = make_folder(options.results) / f"{name}-{now:%Y%m%dT%H%M%SZ}.json"
         with atomic_path(path) as partial:
             partial.write_text(to_json_text(document) + "\n", encoding="utf-8")
+        if plot is not None:
+            save_plot(path.with_suffix(".png"), document, plot)
+        options.journal.close()
         console.result(lambda: document, lambda out: render(out, document))
         console.say(f"written: {path}")
     return 0
+
+
+def save_plot(path: Path, document: dict, plot: Callable[[Figure, dict], None]) -> None:
+    """Draw a document as PNG, with the machine below."""
+    host = document["host"]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    plot(figure, document)
+    place = f"{host['cpu']}, {host['cores']} cores, {host['os']}; SPK4 kernel {host['kernel']}"
+    figure.supxlabel(f"{place}; {document['created'][:10]}", fontsize=8)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def in_turns(

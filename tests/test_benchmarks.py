@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from spikequant_gguf import SpikeQuantError
+from spikequant_gguf.evaluation import Model
+from spikequant_gguf.ggml_patch.progress import SilentProgress
 from spikequant_gguf.host import host_facts
 from spikequant_gguf.texts import DATA_VARIABLE
 
@@ -43,12 +46,15 @@ def run_script(name: str, *arguments: object, **environment: str) -> subprocess.
 
 
 def document_of(name: str, results: Path, *arguments: object, **environment: str) -> dict:
-    """The document on stdout, which is also the only file in the folder of results."""
+    """The document on stdout, which is also in the folder of results, beside its plot and nothing else."""
     process = run_script(name, *arguments, "--json", "--results", results, **environment)
     assert process.returncode == 0, process.stderr
     document = json.loads(process.stdout)
-    (file,) = results.iterdir()
+    (file,) = results.glob("*.json")
     assert json.loads(file.read_text(encoding="utf-8")) == document
+    plots = [] if name == "accuracy" else [file.with_suffix(".png")]
+    assert sorted(results.iterdir()) == sorted([file, *plots])
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     assert document["benchmark"] == name
     assert document["host"]["cpu"] and document["host"]["kernel"]
     return document
@@ -67,6 +73,12 @@ def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("common")
 
 
+@pytest.fixture
+def random_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("random_models")
+
+
 def test_matmul(tmp_path: Path) -> None:
     document = document_of("matmul", tmp_path, *TINY_MATMUL, "--types", "spk4,q4_k,f16", "-t", "1,2")
     rows = document["rows"]
@@ -81,8 +93,10 @@ def test_matmul(tmp_path: Path) -> None:
         assert row["ratio_q4_0_min"] <= row["ratio_q4_0"] <= row["ratio_q4_0_max"]
         if row["type"] == "spk4":
             assert (row["path"], row["isa"]) == ("CPU_SPIKE", document["host"]["kernel"])
+            assert row["silent_share"] == pytest.approx(0.15, abs=0.05) and row["salient_share"] > 0
+            assert row["add_share"] > 0 and row["read_share"] is None
         if row["type"] == "q4_0":
-            assert row["ratio_q4_0"] == 1
+            assert row["ratio_q4_0"] == 1 and row["silent_share"] is None
             assert row["path"] == "CPU_REPACK" or "avx2" not in document["host"]["features"]
 
 
@@ -101,8 +115,13 @@ def test_matmul_of_one_token_takes_weights_from_memory(tmp_path: Path) -> None:
         "--types",
         "spk4",
     )
-    rows = document_of("matmul", tmp_path, *options)["rows"]
-    assert [(row["type"], row["weights_from"]) for row in rows] == [("q4_0", "memory"), ("spk4", "memory")]
+    document = document_of("matmul", tmp_path, *options)
+    rows = document["rows"]
+    assert [row["type"] for row in rows] == ["q4_0", "spk4", "spk4"], "one for each share of silent inputs"
+    assert [row["silent_target"] for row in rows[1:]] == [0.15, 0.38]
+    assert all(row["weights_from"] == "memory" and row["read_share"] > 0 for row in rows)
+    (limit,) = document["limits"]
+    assert limit["threads"] == 1 and limit["byte_adds_per_s"] > limit["read_bytes_per_s"] > 0
 
 
 def test_matmul_of_a_forced_kernel_says_so(tmp_path: Path) -> None:
@@ -131,6 +150,7 @@ def test_matmul_refuses_bad_arguments(
 
 def test_end_to_end(tmp_path: Path, tiny_model_f32: Path, cache: dict[str, str]) -> None:
     options = ("-m", tiny_model_f32, "--types", "spk4,f16", "-p", "16", "-n", "4", "-r", "2", "-t", "1")
+    options += ("--loads", "1")
     rows = document_of("end_to_end", tmp_path, *options, **cache)["rows"]
     assert [row["type"] for row in rows] == ["q4_0", "spk4", "f16"]
     for row in rows:
@@ -138,8 +158,41 @@ def test_end_to_end(tmp_path: Path, tiny_model_f32: Path, cache: dict[str, str])
         assert row["pp16_tps"] > 0 and row["tg4_tps"] > 0
         assert row["pp_ratio_min"] <= row["pp_ratio"] <= row["pp_ratio_max"]
         assert row["tg_ratio_min"] <= row["tg_ratio"] <= row["tg_ratio_max"]
-    assert rows[0]["pp_ratio"] == rows[0]["tg_ratio"] == 1
+        assert min(row["load_s"], row["load_ratio"], row["peak_ratio"]) > 0
+        assert row["peak_bytes"] > 1 << 20
+    assert rows[0]["pp_ratio"] == rows[0]["tg_ratio"] == rows[0]["load_ratio"] == 1
     assert "CPU_SPIKE" in rows[1]["path"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_k_m", "iq4_xs", "spk4"])
+def test_models_of_random_weights(random_models: ModuleType, tmp_path: Path, kind: str) -> None:
+    shape = random_models.LlamaShape(layers=8, width=256, ff_width=512, heads=4, kv_heads=1, vocabulary=512)
+    path = tmp_path / "random.gguf"
+    random_models.write_model(path, kind, shape, SilentProgress())
+    assert 0 < path.stat().st_size - random_models.file_bytes(kind, shape) < 100_000
+    assert list(tmp_path.iterdir()) == [path]
+    with Model(path, ctx_size=8, threads=1) as model:
+        assert model.n_vocab == 512
+        assert np.isfinite(model.decode([1, 2, 3], 0, outputs=1)).all()
+
+
+def test_interrupted_benchmark_goes_on(common: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "unfinished.jsonl"
+    measured = []
+
+    def measure() -> list[dict]:
+        measured.append(1)
+        return [{"seconds": 1.5}]
+
+    assert common.Journal(path, ["a", 1]).rows("first", measure) == [{"seconds": 1.5}]
+    again = common.Journal(path, ["a", 1])
+    assert again.rows("first", measure) == [{"seconds": 1.5}] and len(measured) == 1
+    again.rows("second", measure)
+    assert len(measured) == 2
+    common.Journal(path, ["b", 1]).rows("first", measure)
+    assert len(measured) == 3, "measured with other arguments"
+    again.close()
+    assert not path.exists()
 
 
 def test_accuracy(tmp_path: Path, tiny_model_f32: Path, tiny_text: Path, cache: dict[str, str]) -> None:

@@ -28,23 +28,31 @@ function(spike_add_reference target)
         "SPIKEQUANT_PIN=\"${SPIKEQUANT_PIN}\";SPIKEQUANT_PATCH_ID=\"${SPIKEQUANT_PATCH_ID}\"")
 endfunction()
 
-function(spike_add_cpu_backend target)
+# Potentials from repacked weights and spike trains: needs nothing of ggml but macros, so that tests compile it alone.
+function(spike_add_kernels target)
     spike_add_sources(${target}
-        ${SPIKE_DIR}/cpu/spike-buffer.cpp
         ${SPIKE_DIR}/cpu/spike-kernels.c
         ${SPIKE_DIR}/cpu/spike-layout.c
-        ${SPIKE_DIR}/cpu/spike-matmul.cpp
         ${SPIKE_DIR}/cpu/spike-plain.c
         ${SPIKE_DIR}/cpu/spike-potentials.c
-        ${SPIKE_DIR}/cpu/spike-train.c
-        # here rather than in ggml-base: this library is compiled for the machine's instruction set
-        ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
-        ${SPIKE_DIR}/quantizer/spike-moments.cpp)
+        ${SPIKE_DIR}/cpu/spike-train.c)
     # kernels for one instruction set each, whatever the rest is compiled for; chosen at run time
     if (NOT MSVC AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
         spike_add_sources(${target} ${SPIKE_DIR}/cpu/arch/x86/spike-avx2.c ${SPIKE_DIR}/cpu/arch/x86/spike-avx512.c)
         set_property(SOURCE ${SPIKE_DIR}/cpu/arch/x86/spike-avx2.c APPEND PROPERTY COMPILE_OPTIONS -mavx2)
         set_property(SOURCE ${SPIKE_DIR}/cpu/arch/x86/spike-avx512.c APPEND PROPERTY COMPILE_OPTIONS
             -mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512vbmi)
+    elseif (NOT MSVC AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+        spike_add_sources(${target} ${SPIKE_DIR}/cpu/arch/arm/spike-neon.c)
     endif()
+endfunction()
+
+function(spike_add_cpu_backend target)
+    spike_add_kernels(${target})
+    spike_add_sources(${target}
+        ${SPIKE_DIR}/cpu/spike-buffer.cpp
+        ${SPIKE_DIR}/cpu/spike-matmul.cpp
+        # here rather than in ggml-base: this library is compiled for the machine's instruction set
+        ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
+        ${SPIKE_DIR}/quantizer/spike-moments.cpp)
 endfunction()

@@ -30,6 +30,8 @@ static const struct {
 #if defined(SPIKE_X86)
     { &spike_kernels_avx512, runs_avx512 },
     { &spike_kernels_avx2, runs_avx2 },
+#elif defined(SPIKE_AARCH64)
+    { &spike_kernels_neon, runs_anywhere },
 #endif
     { &spike_kernels_plain_c, runs_anywhere },
 };

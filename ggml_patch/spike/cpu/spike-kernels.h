@@ -35,10 +35,13 @@ extern const spike_kernels spike_kernels_plain_c;
 #    define SPIKE_X86
 extern const spike_kernels spike_kernels_avx2;
 extern const spike_kernels spike_kernels_avx512;
+#elif defined(__aarch64__) && defined(__GNUC__)
+#    define SPIKE_AARCH64 // NEON is part of the architecture
+extern const spike_kernels spike_kernels_neon;
 #endif
 
 // The fastest table that this CPU runs, or the one that the environment variable SPIKEQUANT_FORCE_ISA names
-// (plain-c, avx2, avx512; a name that the CPU cannot run is reported and ignored).
+// (plain-c, avx2, avx512, neon; a name that the CPU cannot run is reported and ignored).
 const spike_kernels * spike_select_kernels(void);
 
 #ifdef __cplusplus

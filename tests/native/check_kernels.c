@@ -1,0 +1,338 @@
+// check_kernels NAME: the kernels NAME of this CPU give the integers of plain C, and of the dot product of stored rows.
+// Prints what was compared and a digest of what the encoder gives, which is the same on every machine.
+#include "spike/cpu/spike-kernels.h"
+#include "spike/cpu/spike-potentials.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t random_state;
+
+static uint32_t next_random(void) { // splitmix64
+    uint64_t z = random_state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30)*0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27)*0x94D049BB133111EBu;
+    return (uint32_t) (z >> 32);
+}
+
+static int64_t random_below(int64_t n) {
+    return (int64_t) ((uint64_t) next_random()*(uint64_t) n >> 32);
+}
+
+static void * allocate(size_t size) {
+    void * memory = aligned_alloc(64, (size + 63) & ~(size_t) 63);
+    if (!memory) {
+        fprintf(stderr, "out of memory\n");
+        exit(2);
+    }
+    memset(memory, 0, size);
+    return memory;
+}
+
+// ---- made-up weights and tokens
+
+enum salience { NO_SALIENT, SOME_SALIENT, ALL_SALIENT, N_SALIENCES };
+enum codes    { RANDOM_CODES, SMALLEST_CODES, LARGEST_CODES, MIXED_EXTREMES, N_CODES };
+
+static void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_blocks, enum salience salience, enum codes kind) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint16_t header = (uint16_t) (0x3C00 | random_below(16));
+        for (int64_t b = 0; b < n_blocks; b++) {
+            block_spk4 * x = blocks + r*n_blocks + b;
+            x->header = header;
+            for (int j = 0; j < QK_SPK/2; j++) {
+                const uint8_t random = (uint8_t) next_random();
+                const uint8_t mixed  = (r & 1) ? 0xFF : 0x00; // extremes side by side in a line
+                x->codes[j] = kind == RANDOM_CODES ? random : kind == SMALLEST_CODES ? 0 : kind == LARGEST_CODES ? 0xFF : mixed;
+            }
+            const int position = (int) random_below(QK_SPK);
+            for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+                const bool salient = salience == ALL_SALIENT || (salience == SOME_SALIENT && random_below(8) == 0);
+                const int  sign    = 1 + (int) random_below(2);
+                x->salient[slot] = salient ? (uint8_t) (((position + slot) & 63) | sign << 6) : 0;
+            }
+        }
+    }
+}
+
+enum pattern { SPARSE, NORMAL, DENSE, EARLIEST, LATEST, LARGEST, ALTERNATING, ALL_TIMES, UP_THEN_DOWN, ONE_SPIKE, SILENCE, N_PATTERNS };
+
+static int value_of(enum pattern pattern, int64_t i, int64_t n) {
+    const int uniform = (int) random_below(32) - 16;
+    switch (pattern) {
+        case SPARSE:       return random_below(20) ? 0 : uniform;
+        case NORMAL:       return (int) (random_below(6) + random_below(6) + random_below(6)) - 8;
+        case DENSE:        return uniform;
+        case EARLIEST:     return -16;
+        case LATEST:       return 1;
+        case LARGEST:      return 15;
+        case ALTERNATING:  return i & 1 ? 15 : -16;
+        case ALL_TIMES:    return (int) (i % 32) - 16;
+        case UP_THEN_DOWN: return i < n/2 ? 15 : -16;
+        case ONE_SPIKE:    return i == n - 1 ? -16 : 0;
+        default:           return 0;
+    }
+}
+
+// Blocks of exactly these values; one in coarse_share of them is coarse, none if that is 0.
+static void fill_token(block_spka * blocks, int64_t n_inputs, enum pattern pattern, int64_t coarse_share) {
+    for (int64_t i = 0; i < n_inputs; i++) {
+        block_spka * x = blocks + i/QK_SPK;
+        const int      j      = (int) (i % QK_SPK);
+        const int      value  = value_of(pattern, i, n_inputs);
+        const bool     coarse = coarse_share && value != 0 && random_below(coarse_share) == 0;
+        const bool     salient = coarse || value < -8 || value > 7;
+        const int      stored = salient ? value + 16 : value + 8;
+        const uint64_t bit    = (uint64_t) 1 << j;
+        x->threshold     = 1.0f;
+        x->zero_point    = 8;
+        x->salient_shift = coarse_share ? 3 : 0;
+        x->salient_mask |= salient ? bit : 0;
+        x->coarse_mask  |= coarse ? bit : 0;
+        x->fifth_bits   |= salient && stored & 16 ? bit : 0;
+        x->codes[j % (QK_SPK/2)] |= (uint8_t) ((stored & 15) << (j < QK_SPK/2 ? 0 : 4));
+    }
+}
+
+// ---- products
+
+typedef struct {
+    int64_t       n_rows, n_inputs, n_matrices, n_tokens;
+    enum salience salience;
+    enum codes    codes;
+    enum pattern  pattern;
+    int64_t       coarse_share;
+    bool          gathered; // lines of a tile copied together, as for many tokens, instead of read where they lie
+} product_case;
+
+static spike_train * make_train(const block_spka * token, int64_t n_inputs) {
+    spike_train * train = allocate(spike_train_size(n_inputs));
+    int8_t * values = spike_train_values_to_fill(train, n_inputs);
+    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
+        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+    }
+    spike_train_build(token, n_inputs, train);
+    return train;
+}
+
+// Potentials of a tile with codes counted from 8: [class][row].
+static void tile_potentials(const spike_kernels * kernels, const spike_layout * layout, const uint8_t * packed, int64_t tile,
+                            const spike_train * train, bool gathered, int32_t potential[SPIKE_CLASSES*SPIKE_TILE_ROWS]) {
+    const int64_t          n_inputs = layout->n_inputs;
+    const spike_tile_lines lines    = spike_lines_of_tile(layout, packed, tile);
+    const uint32_t       * offsets  = spike_train_offsets(train, n_inputs);
+    uint32_t * scaled = allocate((size_t) (train->n_spikes + 1)*sizeof(uint32_t));
+    uint8_t  * copied = allocate((size_t) (n_inputs + 1)*SPIKE_LINE_BYTES);
+    for (uint32_t e = 0; e < train->n_spikes; e++) {
+        scaled[e] = offsets[e]*(uint32_t) (lines.stride/SPIKE_LINE_BYTES);
+    }
+    for (int64_t i = 0; i <= n_inputs; i++) {
+        memcpy(copied + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
+    }
+    memset(potential, 0, SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+    for (int k = 0; k < SPIKE_CLASSES; k++) {
+        int32_t * own = potential + k*SPIKE_TILE_ROWS;
+        for (int64_t c = 0; c < spike_chunks(n_inputs); c++) {
+            kernels->integrate(gathered ? copied : lines.first, spike_train_program(train, k, c), gathered ? offsets : scaled, own);
+        }
+        int16_t sum[SPIKE_TILE_ROWS];
+        kernels->add_salient(spike_salients_of_tile(layout, packed, tile, 0, 0), spike_train_values(train, n_inputs, k),
+                             layout->n_blocks, sum);
+        for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+            own[r] += 16*sum[r];
+        }
+    }
+    free(scaled);
+    free(copied);
+}
+
+// Whether a tile's potentials are those of the dot product, row by row.
+static bool equals_dot_product(const int32_t * potential, const block_spk4 * rows, int64_t n_rows, const block_spka * token,
+                               const spike_train * train, int64_t n_blocks) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        int32_t fine, coarse;
+        spike_potentials_of_row(rows + r*n_blocks, token, n_blocks, &fine, &coarse);
+        const int32_t offset = (rows[r*n_blocks].header & SPK4_ZERO_POINT) - 8;
+        if (fine != potential[r] - offset*train->sum[0] || coarse != potential[SPIKE_TILE_ROWS + r] - offset*train->sum[1]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_product(const spike_kernels * kernels, const product_case * c) {
+    const spike_layout layout = spike_layout_of(c->n_inputs, c->n_rows);
+    const size_t n_weight_blocks = (size_t) (c->n_rows*layout.n_blocks);
+    block_spk4 * weights = allocate((size_t) c->n_matrices*n_weight_blocks*sizeof(block_spk4));
+    uint8_t    * packed  = allocate((size_t) c->n_matrices*layout.size);
+    bool right = true;
+    for (int64_t m = 0; m < c->n_matrices; m++) {
+        fill_weights(weights + (size_t) m*n_weight_blocks, c->n_rows, layout.n_blocks, c->salience, c->codes);
+        spike_pack_matrix(&layout, weights + (size_t) m*n_weight_blocks, packed + (size_t) m*layout.size);
+    }
+    for (int64_t t = 0; t < c->n_tokens; t++) {
+        block_spka * token = allocate((size_t) layout.n_blocks*sizeof(block_spka));
+        fill_token(token, c->n_inputs, c->pattern, c->coarse_share);
+        spike_train * train = make_train(token, c->n_inputs);
+        for (int64_t m = 0; m < c->n_matrices; m++) {
+            const uint8_t * matrix = packed + (size_t) m*layout.size;
+            for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
+                int32_t found[SPIKE_CLASSES*SPIKE_TILE_ROWS], expected[SPIKE_CLASSES*SPIKE_TILE_ROWS];
+                tile_potentials(kernels, &layout, matrix, tile, train, c->gathered, found);
+                tile_potentials(&spike_kernels_plain_c, &layout, matrix, tile, train, false, expected);
+                right = right && memcmp(found, expected, sizeof(found)) == 0;
+                if (tile == layout.n_tiles - 1) { // the slow sum for one tile, the most likely to be wrong
+                    const block_spk4 * rows = weights + (size_t) m*n_weight_blocks + tile*SPIKE_TILE_ROWS*layout.n_blocks;
+                    right = right && equals_dot_product(found, rows, c->n_rows - tile*SPIKE_TILE_ROWS, token, train, layout.n_blocks);
+                }
+            }
+        }
+        free(train);
+        free(token);
+    }
+    free(packed);
+    free(weights);
+    if (!right) {
+        fprintf(stderr, "%s differs: %d rows, %d inputs, salience %d, codes %d, pattern %d, coarse 1/%d, gathered %d\n", kernels->name,
+                (int) c->n_rows, (int) c->n_inputs, c->salience, c->codes, c->pattern, (int) c->coarse_share, c->gathered);
+    }
+    return right;
+}
+
+static int check_products(const spike_kernels * kernels, int n_cases) {
+    static const int64_t EDGES[]  = { 1, 2, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257, 383, 384, 385 };
+    static const int64_t SHARES[] = { 0, 30, 2, 1 };
+    // strips of 16 tiles and their edges, chunks of 4032 inputs and theirs: every lane at its limit
+    static const int64_t LARGE[][2] = { { 2047, 64 }, { 2048, 64 }, { 2049, 128 }, { 2177, 64 }, { 128, 3968 }, { 129, 4032 },
+                                        { 1, 4096 }, { 65, 8064 }, { 2, 8128 }, { 127, 12160 } };
+    enum { N_LARGE = sizeof(LARGE)/sizeof(LARGE[0]) };
+    int wrong = 0;
+    random_state = 1;
+    for (int i = 0; i < n_cases; i++) {
+        product_case c = {
+            EDGES[i % 15], QK_SPK*(1 + random_below(i % 4 == 0 ? 24 : 5)), 1 + random_below(3), 1 + random_below(3),
+            (enum salience) (i % N_SALIENCES), (enum codes) (i/3 % N_CODES), (enum pattern) (i % N_PATTERNS), SHARES[i/2 % 4], (i & 1) != 0,
+        };
+        wrong += !check_product(kernels, &c);
+    }
+    for (int i = 0; i < N_LARGE*N_PATTERNS; i++) {
+        product_case c = {
+            LARGE[i % N_LARGE][0], LARGE[i % N_LARGE][1], 1, 1,
+            (enum salience) (i % N_SALIENCES), (enum codes) (i/2 % N_CODES), (enum pattern) (i/N_LARGE), SHARES[i % 4], i/3 % 2 != 0,
+        };
+        wrong += !check_product(kernels, &c);
+    }
+    printf("products %d wrong %d\n", n_cases + N_LARGE*N_PATTERNS, wrong);
+    return wrong;
+}
+
+// All bytes as salient weights, the invalid ones too, and sums at the limits of 16 bits.
+static int check_salients(const spike_kernels * kernels) {
+    static const int64_t BLOCKS[] = { 1, 2, 3, 4, 5, 7, 64, SPIKE_MAX_TILED_INPUTS/QK_SPK };
+    enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 4 };
+    int wrong = 0;
+    random_state = 2;
+    for (int i = 0; i < N_SIZES*KINDS; i++) {
+        const int64_t n_blocks = BLOCKS[i % N_SIZES];
+        const int     kind     = i/N_SIZES; // random, all add -16, all subtract -16, all add 15
+        const int64_t n        = n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
+        uint8_t * salients = allocate((size_t) n);
+        int8_t  * values   = allocate((size_t) (n_blocks*QK_SPK));
+        for (int64_t j = 0; j < n; j++) {
+            const uint8_t any = (uint8_t) next_random();
+            salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind == 2 ? 2 : 1) << 6);
+        }
+        for (int64_t j = 0; j < n_blocks*QK_SPK; j++) {
+            values[j] = (int8_t) (kind == 0 ? random_below(32) - 16 : kind == 3 ? 15 : -16);
+        }
+        int16_t found[SPIKE_TILE_ROWS], expected[SPIKE_TILE_ROWS];
+        kernels->add_salient(salients, values, n_blocks, found);
+        spike_kernels_plain_c.add_salient(salients, values, n_blocks, expected);
+        wrong += memcmp(found, expected, sizeof(found)) != 0;
+        free(salients);
+        free(values);
+    }
+    printf("salients %d wrong %d\n", N_SIZES*KINDS, wrong);
+    return wrong;
+}
+
+// ---- encoder
+
+static uint64_t digest_of(uint64_t digest, const void * data, size_t size) { // FNV-1a
+    for (size_t i = 0; i < size; i++) {
+        digest = (digest ^ ((const uint8_t *) data)[i])*0x100000001B3u;
+    }
+    return digest;
+}
+
+static float random_float(int kind) {
+    float sum = 0.0f;
+    for (int i = 0; i < 12; i++) {
+        sum += (float) (next_random() >> 8)*(1.0f/16777216.0f);
+    }
+    const float normal = sum - 6.0f;
+    uint32_t bits = next_random();
+    float any;
+    memcpy(&any, &bits, sizeof(any));
+    switch (kind) {
+        case 0:  return normal;
+        case 1:  return random_below(50) ? normal : normal*40.0f; // outliers
+        case 2:  return (float) random_below(5) - 2.0f;           // ties
+        case 3:  return normal*1e-38f;                            // subnormal
+        case 4:  return normal*1e37f;
+        case 5:  return random_below(4) ? 0.0f : normal;
+        case 6:  return 0.0f;
+        default: return any; // any bits: NaN and infinity, too
+    }
+}
+
+// Tokens of all kinds and settings. Also whether the values given along with the blocks are theirs.
+static int check_encoder(void) {
+    static const int64_t BLOCKS[] = { 1, 2, 9, 24, 64 };
+    uint64_t digest = 0xCBF29CE484222325u;
+    int wrong = 0, n_tokens = 0;
+    random_state = 3;
+    for (int kind = 0; kind < 8; kind++) {
+        for (int size = 0; size < 5; size++) {
+            for (int setting = 0; setting < 4; setting++, n_tokens++) {
+                const int64_t n_blocks = BLOCKS[size], n = n_blocks*QK_SPK;
+                const spike_encoder_params params = { setting & 1 ? 2.3f : 1.7f, setting & 2 ? 0.5f : 0.9f, 8 - (setting == 3), setting != 1 };
+                float      * x       = allocate((size_t) n*sizeof(float));
+                float      * scratch = allocate(2*(size_t) n*sizeof(float));
+                int8_t     * values  = allocate(2*(size_t) n);
+                block_spka * blocks  = allocate((size_t) n_blocks*sizeof(block_spka));
+                for (int64_t i = 0; i < n; i++) {
+                    x[i] = random_float(kind);
+                }
+                spike_encode_token(x, blocks, n, &params, scratch, values);
+                digest = digest_of(digest, blocks, (size_t) n_blocks*sizeof(block_spka));
+                digest = digest_of(digest, values, 2*(size_t) n);
+                for (int64_t b = 0; b < n_blocks; b++) {
+                    int8_t fine[QK_SPK], coarse[QK_SPK];
+                    spike_activation_values(blocks + b, fine, coarse);
+                    wrong += memcmp(fine, values + b*QK_SPK, QK_SPK) != 0 || memcmp(coarse, values + n + b*QK_SPK, QK_SPK) != 0;
+                }
+                free(x);
+                free(scratch);
+                free(values);
+                free(blocks);
+            }
+        }
+    }
+    printf("encoder %d wrong %d digest %016llx\n", n_tokens, wrong, (unsigned long long) digest);
+    return wrong;
+}
+
+int main(int argc, char ** argv) {
+    const spike_kernels * kernels = spike_select_kernels();
+    if (argc != 2 || strcmp(argv[1], kernels->name) != 0) {
+        fprintf(stderr, "usage: SPIKEQUANT_FORCE_ISA=NAME check_kernels NAME (this CPU runs %s)\n", kernels->name);
+        return 2;
+    }
+    int wrong = check_products(kernels, 600);
+    wrong += check_salients(kernels);
+    wrong += check_encoder();
+    return wrong != 0;
+}

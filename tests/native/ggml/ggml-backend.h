@@ -1,0 +1,3 @@
+#pragma once
+
+typedef struct ggml_backend_buffer_type * ggml_backend_buffer_type_t;

@@ -1,0 +1,150 @@
+"""Kernels of every instruction set, compiled alone: the integers of plain C, and no multiplication.
+
+What a machine cannot run is compiled and looked at all the same, and named in the summary of the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from disassembly import functions, is_multiplication, multiplications
+from native_build import (
+    DEBIAN_PACKAGES,
+    KERNELS,
+    build,
+    cpu_runs,
+    host_architecture,
+    target_of,
+)
+
+from spikequant_gguf.native import load
+from spikequant_gguf.runtime import RuntimeInfo
+
+ARCHITECTURES = list(dict.fromkeys((host_architecture(), "aarch64")))
+CASES = [(architecture, kernel) for architecture in ARCHITECTURES for kernel in KERNELS[architecture]]
+OBJECTS = {"plain-c": "spike-plain", "avx2": "spike-avx2", "avx512": "spike-avx512", "neon": "spike-neon"}
+LEAST_PRODUCTS = 500
+ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The native program of an architecture. What is missing for a foreign one is said in the summary."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        target = target_of(architecture)
+        if architecture != host_architecture() and target.missing:
+            pytest.skip(
+                f"NOT TESTED: {architecture} kernels, for want of {', '.join(target.missing)}; on Debian or "
+                f"Ubuntu: sudo apt install {DEBIAN_PACKAGES}"
+            )
+        if architecture not in made:
+            made[architecture] = build(target, tmp_path_factory.mktemp(architecture))
+        return made[architecture]
+
+    return make
+
+
+def report_of(program: Path, architecture: str, kernel: str) -> dict[str, tuple[int, int, str]]:
+    """What the program compared, by subject: number, how many were wrong, rest of the line."""
+    command = [*target_of(architecture).run, program, kernel]
+    environment = os.environ | {"SPIKEQUANT_FORCE_ISA": kernel}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^(\w+) (\d+) wrong (\d+) ?(.*)$", done.stdout, re.M)
+    return {subject: (int(number), int(wrong), rest) for subject, number, wrong, rest in lines}
+
+
+def kernel_object(program: Path, name: str) -> Path:
+    (found,) = program.parent.rglob(f"{name}.c.o*")
+    return found
+
+
+@pytest.mark.parametrize(("architecture", "kernel"), CASES)
+def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str, kernel: str) -> None:
+    built = program(architecture)
+    if architecture == host_architecture() and not cpu_runs(kernel):
+        pytest.skip(f"NOT RUN, only compiled and disassembled: this CPU has no {kernel}")
+    report = report_of(built, architecture, kernel)
+    assert report["products"][0] >= LEAST_PRODUCTS and report["products"][1] == 0
+    assert report["salients"][0] > 0 and report["salients"][1] == 0
+
+
+def test_encoder_gives_the_same_bytes_everywhere(program: Callable[[str], Path]) -> None:
+    reports = [report_of(program(each), each, "plain-c")["encoder"] for each in ARCHITECTURES]
+    assert all(report == reports[0] for report in reports)
+    assert reports[0][0] >= 100 and reports[0][1] == 0 and "digest" in reports[0][2]
+
+
+def test_unknown_kernel_is_refused(program: Callable[[str], Path]) -> None:
+    command = [program(host_architecture()), "abacus"]
+    environment = os.environ | {"SPIKEQUANT_FORCE_ISA": "abacus"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and "runs no kernel named 'abacus'" in done.stderr
+
+
+@pytest.mark.parametrize(("architecture", "kernel"), CASES)
+def test_kernels_only_add(program: Callable[[str], Path], architecture: str, kernel: str) -> None:
+    """Address computations count, too."""
+    found = functions(
+        target_of(architecture).objdump, kernel_object(program(architecture), OBJECTS[kernel])
+    )
+    assert {"integrate", "add_salient"} <= {name for name, _, _ in found}
+    for name, instructions, calls in found:
+        assert len(instructions) > 5, name
+        assert not multiplications(instructions), name
+        assert calls <= ALLOWED_CALLS, f"{name} calls what was not looked at"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("file", "function"),
+    [("spike-potentials", "spike_potentials_of_row"), ("spike-activations", "spike_encode_token")],
+)
+def test_products_are_found_where_they_are(
+    program: Callable[[str], Path], architecture: str, file: str, function: str
+) -> None:
+    """The dot product of stored rows and the encoder multiply; a search that misses that proves nothing."""
+    found = functions(target_of(architecture).objdump, kernel_object(program(architecture), file))
+    assert any(name.startswith(function) and multiplications(code) for name, code, _ in found)
+
+
+def test_installed_kernels_only_add(runtime: RuntimeInfo) -> None:
+    """The library that models run with, compiled for this very CPU."""
+    library = load().library_dir / "libggml-cpu.so"
+    found = functions("objdump", library)
+    for name in ("integrate", "add_salient"):
+        kernels = [code for each, code, _ in found if each == name]
+        assert len(kernels) == len(KERNELS[host_architecture()]), name
+        assert not any(map(multiplications, kernels)), name
+    dot = [code for name, code, _ in found if name == "spike_potentials_of_row"]
+    assert dot and multiplications(dot[0])
+
+
+@pytest.mark.parametrize(
+    "mnemonic",
+    "imul mul mulx mulss vmulps vpmulld pmulhrsw pmuludq pmaddwd vpmaddubsw vpmadd52luq vpdpbusd "
+    "vpdpwssds vpdpbssd dpps vdpps vdppd vdpbf16ps tdpbusd vfmadd231ps vfnmadd132sd vfmsub213ss "
+    "vfmaddsub132pd pclmulqdq vfmulcph "
+    "madd msub mneg smull smulh umulh umaddl smsubl smnegl mla mls smlal smlal2 umlsl sqdmull sqrdmulh pmull "
+    "fmul fmla fmls fmadd fmsub fnmadd fnmul fmulx fcmla fmlal bfmlalb sdot udot usdot sudot bfdot fdot "
+    "smmla ummla usmmla bfmmla fmmla fmopa smopa".split(),
+)
+def test_multiplications_are_known(mnemonic: str) -> None:
+    assert is_multiplication(mnemonic)
+
+
+@pytest.mark.parametrize(
+    "mnemonic",
+    "add sub lea mov movdqu vpaddb vpsubw vpsrlw vpandq paddd vpshufb vpermb vpsignb vpblendvb shl sar jmp "
+    "call ret vpmovsxwd vpunpcklwd vinserti128 test cmp kmovq ldp stp ldr ldur adds uaddw2 saddw usubw usra "
+    "ushr ssra movi dup tbl cmeq and bl b.ne ubfiz umov smov sxtw umax addp saddlp cmovle setle neg".split(),
+)
+def test_additions_are_no_multiplications(mnemonic: str) -> None:
+    assert not is_multiplication(mnemonic)
