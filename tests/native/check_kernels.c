@@ -107,8 +107,11 @@ typedef struct {
     bool          gathered; // lines of a tile copied together, as for many tokens, instead of read where they lie
 } product_case;
 
-static spike_train * make_train(const block_spka * token, int64_t n_inputs) {
-    spike_train * train = allocate(spike_train_size(n_inputs));
+// In programs of chunk_blocks blocks at most.
+static spike_train * make_train(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
+    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
+    spike_train * train = allocate(spike_train_size(n_inputs, n_chunks));
+    train->n_chunks = (int32_t) n_chunks;
     int8_t * values = spike_train_values_to_fill(train, n_inputs);
     for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
         spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
@@ -122,7 +125,7 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
                             const spike_train * train, bool gathered, int32_t potential[SPIKE_CLASSES*SPIKE_TILE_ROWS]) {
     const int64_t          n_inputs = layout->n_inputs;
     const spike_tile_lines lines    = spike_lines_of_tile(layout, packed, tile);
-    const uint32_t       * offsets  = spike_train_offsets(train, n_inputs);
+    const uint32_t       * offsets  = spike_train_offsets(train);
     uint32_t * scaled = allocate((size_t) (train->n_spikes + 1)*sizeof(uint32_t));
     uint8_t  * copied = allocate((size_t) (n_inputs + 1)*SPIKE_LINE_BYTES);
     for (uint32_t e = 0; e < train->n_spikes; e++) {
@@ -134,8 +137,13 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
     memset(potential, 0, SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         int32_t * own = potential + k*SPIKE_TILE_ROWS;
-        for (int64_t c = 0; c < spike_chunks(n_inputs); c++) {
-            kernels->integrate(gathered ? copied : lines.first, spike_train_program(train, k, c), gathered ? offsets : scaled, own);
+        for (int64_t c = 0; c < train->n_chunks; c++) {
+            const spike_program * program = spike_train_program(train, k, c);
+            if (kernels->integrate_ahead && !gathered) { // a prefetch of the same lines changes nothing
+                kernels->integrate_ahead(lines.first, program, scaled, own, lines.first, scaled + program->first);
+            } else {
+                kernels->integrate(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own);
+            }
         }
         int16_t sum[SPIKE_TILE_ROWS];
         kernels->add_salient(spike_salients_of_tile(layout, packed, tile, 0, 0), spike_train_values(train, n_inputs, k),
@@ -175,7 +183,7 @@ static bool check_product(const spike_kernels * kernels, const product_case * c)
     for (int64_t t = 0; t < c->n_tokens; t++) {
         block_spka * token = allocate((size_t) layout.n_blocks*sizeof(block_spka));
         fill_token(token, c->n_inputs, c->pattern, c->coarse_share);
-        spike_train * train = make_train(token, c->n_inputs);
+        spike_train * train = make_train(token, c->n_inputs, t % 2 ? 2 : SPIKE_CHUNK_BLOCKS);
         for (int64_t m = 0; m < c->n_matrices; m++) {
             const uint8_t * matrix = packed + (size_t) m*layout.size;
             for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
