@@ -31,6 +31,7 @@ endfunction()
 function(spike_add_cpu_backend target)
     spike_add_sources(${target}
         ${SPIKE_DIR}/cpu/spike-buffer.cpp
+        ${SPIKE_DIR}/cpu/spike-counters.c
         ${SPIKE_DIR}/cpu/spike-kernels.c
         ${SPIKE_DIR}/cpu/spike-layout.c
         ${SPIKE_DIR}/cpu/spike-matmul.cpp
