@@ -6,7 +6,7 @@ ggml ends the process on a wrong argument; so every call here checks types and s
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,28 @@ from .format import BLOCK_SPK4, BLOCK_SPKA, QK_SPK, TYPE_SPK4, check_inputs
 from .ggml_patch.package import library_file
 from .runtime import require_runtime, tool
 
-__all__ = ["NativeLibrary", "load"]
+__all__ = ["NativeLibrary", "SpikeCounter", "load"]
+
+
+class SpikeCounter(ctypes.Structure):
+    """spike_counter of ggml_patch/spike/cpu/spike-counters.h."""
+
+    _fields_ = [
+        ("name", c_char * 64),
+        ("n_inputs", c_int64),
+        ("n_rows", c_int64),
+        ("products", c_uint64),
+        ("tokens", c_uint64),
+        ("spikes", c_uint64),
+        ("silent", c_uint64),
+        ("salient", c_uint64),
+        ("rate_spikes", c_uint64),
+        ("adds", c_uint64),
+        ("shift_adds", c_uint64),
+        ("readouts", c_uint64),
+        ("bytes", c_uint64),
+    ]
+
 
 _STOCK = {
     "ggml-base": {
@@ -43,6 +64,9 @@ _SPIKE = {
     },
     "ggml-cpu": {
         "spikequant_kernel": (c_char_p, ()),
+        "spikequant_count": (None, (c_bool,)),
+        "spikequant_counters_reset": (None, ()),
+        "spikequant_counters": (c_int64, (POINTER(POINTER(SpikeCounter)),)),
         "ggml_vec_dot_spk4_spka": (
             None,
             (c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_size_t, c_int),

@@ -51,6 +51,7 @@ function(spike_add_cpu_backend target)
     spike_add_kernels(${target})
     spike_add_sources(${target}
         ${SPIKE_DIR}/cpu/spike-buffer.cpp
+        ${SPIKE_DIR}/cpu/spike-counters.c
         ${SPIKE_DIR}/cpu/spike-matmul.cpp
         # here rather than in ggml-base: this library is compiled for the machine's instruction set
         ${SPIKE_DIR}/quantizer/spike-calibrated.cpp

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import evaluate, files, setup
+from . import energy, evaluate, files, setup
 
 __all__ = ["app", "main"]
 
@@ -38,7 +38,7 @@ def _common(
     pass
 
 
-for _module in (setup, files, evaluate):
+for _module in (setup, files, evaluate, energy):
     _module.add_commands(app)
 
 

@@ -1,6 +1,7 @@
 #include "spike-matmul.h"
 
 #include "ggml-impl.h"
+#include "spike-counters.h"
 #include "spike-cpu.h"
 #include "spike-kernels.h"
 #include "spike-potentials.h"
@@ -645,7 +646,21 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
 }
 
 template <typename P>
+void count_product(const P & product, const ggml_tensor * weights, const block_spka * blocks) {
+    for (int64_t j = 0; j < product.n_jobs(); j++) {
+        const int64_t n_tokens = product.get_job(j).n_tokens;
+        spike_counter * counter = spike_count_product(weights->name, weights->ne[0], weights->ne[1], n_tokens);
+        for (int64_t t = 0; t < n_tokens; t++) {
+            spike_count_token(counter, blocks + product.get_token(j, t).column*(weights->ne[0]/QK_SPK), n_tokens == 1);
+        }
+    }
+}
+
+template <typename P>
 void run_product(const ggml_compute_params * params, const P & product, const ggml_tensor * op, char * work, const work_layout & w) {
+    if (params->ith == 0 && spike_counting()) {
+        count_product(product, op->src[0], (const block_spka *) (work + w.blocks));
+    }
     if (form_of(op->src[0]) == weight_form::tiles) {
         integrate_tiles(params, product, op, work, w);
     } else {
