@@ -61,16 +61,21 @@ def target_of(architecture: str) -> Target:
     return Target("aarch64", options, f"{prefix}-objdump", (emulator,))
 
 
-def build(target: Target, folder: Path) -> Path:
-    """Compile into the folder, with the flags of a release; returns the program. Fails with the compiler's
-    words.
+def build(target: Target, folder: Path, sanitizers: str = "") -> Path:
+    """Compile into the folder, with the flags of a release; returns the folder. Fails with the compiler's
+    words. sanitizers: as the compiler's -fsanitize takes them.
     """
     tools = find_toolchain()
-    options = [f"-DCMAKE_MAKE_PROGRAM={tools.ninja}", "-DCMAKE_BUILD_TYPE=Release", *target.cmake_options]
+    options = [
+        f"-DCMAKE_MAKE_PROGRAM={tools.ninja}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DSANITIZE={sanitizers}",
+        *target.cmake_options,
+    ]
     for command in (
         [tools.cmake, "-S", SOURCE, "-B", folder, "-G", "Ninja", *options],
         [tools.cmake, "--build", folder],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "check_kernels"
+    return folder

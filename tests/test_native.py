@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The native program of an architecture. What is missing for a foreign one is said in the summary."""
+    """check_kernels of an architecture. What is missing for a foreign one is said in the summary."""
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -45,7 +46,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 f"Ubuntu: sudo apt install {DEBIAN_PACKAGES}"
             )
         if architecture not in made:
-            made[architecture] = build(target, tmp_path_factory.mktemp(architecture))
+            made[architecture] = build(target, tmp_path_factory.mktemp(architecture)) / "check_kernels"
         return made[architecture]
 
     return make
@@ -61,6 +62,18 @@ def report_of(program: Path, architecture: str, kernel: str) -> dict[str, tuple[
     return {subject: (int(number), int(wrong), rest) for subject, number, wrong, rest in lines}
 
 
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of this machine's native programs with sanitizers, which end them at the first finding."""
+
+    @cache
+    def make(sanitizers: str) -> Path:
+        folder = tmp_path_factory.mktemp(sanitizers.replace(",", "-"))
+        return build(target_of(host_architecture()), folder, sanitizers)
+
+    return make
+
+
 def kernel_object(program: Path, name: str) -> Path:
     (found,) = program.parent.rglob(f"{name}.c.o*")
     return found
@@ -74,6 +87,26 @@ def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str
     report = report_of(built, architecture, kernel)
     assert report["products"][0] >= LEAST_PRODUCTS and report["products"][1] == 0
     assert report["salients"][0] > 0 and report["salients"][1] == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS[host_architecture()])
+@pytest.mark.parametrize(
+    ("sanitizers", "name"),
+    [
+        ("address,undefined", "check_kernels"),
+        ("address,undefined", "check_threads"),
+        ("thread", "check_threads"),
+    ],
+)
+def test_sanitizers_find_nothing(
+    sanitized: Callable[[str], Path], sanitizers: str, name: str, kernel: str
+) -> None:
+    """No access out of bounds, no leak, no undefined behaviour, no data race: each would end the program."""
+    built = sanitized(sanitizers)
+    if not cpu_runs(kernel):
+        pytest.skip(f"NOT RUN with sanitizers: this CPU has no {kernel}")
+    report = report_of(built / name, host_architecture(), kernel)
+    assert report and all(number > 0 and wrong == 0 for number, wrong, _ in report.values())
 
 
 def test_encoder_gives_the_same_bytes_everywhere(program: Callable[[str], Path]) -> None:

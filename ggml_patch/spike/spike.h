@@ -21,8 +21,9 @@ GGML_API const char * spikequant_pin(void);      // llama-cpp-python release tha
 GGML_API const char * spikequant_patch_id(void); // hash of pin, patch series and sources
 
 // Compiles a function for several instruction sets and picks one when the library loads. The clones round alike:
-// the sources are built without contraction, and no loop reorders a float sum.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// the sources are built without contraction, and no loop reorders a float sum. Not under ThreadSanitizer: the choice would
+// be made before the sanitizer has started, by code that already calls it.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #    define SPIKE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #    define SPIKE_CLONES

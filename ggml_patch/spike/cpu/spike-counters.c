@@ -74,7 +74,7 @@ void spike_count_token(spike_counter * counter, const block_spka * blocks, bool 
             standard       += !is_salient && size;
             salient_spikes += is_salient && size;
             // a rate code has one unit: that of the fine values
-            rate += (uint64_t) size << (is_coarse ? x->salient_shift : 0);
+            rate += (uint64_t) size << (is_coarse ? x->salient_shift & SPIKE_MAX_SHIFT : 0);
             if (size > steps[is_coarse]) {
                 steps[is_coarse] = size;
             }

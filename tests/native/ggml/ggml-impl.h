@@ -7,3 +7,4 @@
 
 #define GGML_ASSERT(x)     ((x) ? (void) 0 : abort())
 #define GGML_LOG_WARN(...) ((void) fprintf(stderr, __VA_ARGS__))
+#define GGML_LOG_ERROR(...) ((void) fprintf(stderr, __VA_ARGS__))

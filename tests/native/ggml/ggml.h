@@ -4,5 +4,6 @@
 #define GGML_API         extern
 #define GGML_BACKEND_API extern
 
+struct ggml_cgraph;
 struct ggml_tensor;
 struct gguf_context;
