@@ -15,7 +15,7 @@ from spikequant_gguf.energy import counting, energy, find_rapl, load_constants, 
 from spikequant_gguf.energy.counts import Counts
 from spikequant_gguf.energy.model import model_energy
 from spikequant_gguf.errors import InputError
-from spikequant_gguf.format import BLOCK_SPKA, TYPE_SPK4
+from spikequant_gguf.format import TYPE_SPK4
 from spikequant_gguf.ggml_api import mul_mat
 from spikequant_gguf.native import load
 
@@ -25,8 +25,8 @@ def reference(blocks: np.ndarray, n_rows: int) -> dict[str, int]:
     tokens, n_blocks = blocks.shape
     train = spike_train(blocks)
     fine, coarse, _, shift = activation_values(blocks)
-    salient = (blocks["salient_mask"][..., None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).astype(bool)
-    fires, salient = train.time >= 0, salient.reshape(tokens, -1)
+    salient = blocks["salient_mask"][..., None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)
+    fires, salient = train.time >= 0, salient.astype(bool).reshape(tokens, -1)
     steps = np.abs(fine).max(axis=1).sum() + np.abs(coarse).max(axis=1).sum()
     read = n_rows * (2 + 2 * n_blocks) + tokens * (64 * n_blocks + 4 * n_rows)
     codes = train.spikes * n_rows // 2 if tokens == 1 else 64 * n_blocks * n_rows // 2

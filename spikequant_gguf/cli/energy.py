@@ -25,7 +25,7 @@ def energy(
     model: Model,
     file: TextFile = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to count.")] = 256,
-    decode: Annotated[bool, typer.Option("--decode/--prompt", help="Token by token, or all at once.")] = False,
+    decode: Annotated[bool, typer.Option("--decode/--prompt", help="One by one, or all at once.")] = False,
     constants: Annotated[
         str, typer.Option("--constants", help="horowitz-45nm, jouppi-7nm, or a TOML file of that form.")
     ] = "horowitz-45nm",

@@ -146,7 +146,8 @@ def show_energy(out: Console, result: EnergyResult) -> None:
         table.add_row(row.system, *parts, *ratios)
     line(out, f"Modelled energy of the linear layers in µJ per token, {result.tokens} tokens {phase}")
     out.print(table)
-    line(out, f"ratio: arithmetic and dequantization over those of spk4; rate/TTFS spikes {result.spike_ratio:.2f}")
+    line(out, "ratio: arithmetic and dequantization over those of spk4")
+    line(out, f"spikes of rate coding over those of TTFS: {result.spike_ratio:.2f}")
     line(out, f"constants: {result.constants.name}, {result.constants.process}; {result.constants.citation}")
     line(out, f"measured: unavailable, {result.unavailable}")
 

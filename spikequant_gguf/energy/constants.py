@@ -65,7 +65,6 @@ def load_constants(name_or_file: str) -> Constants:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise InputError(f"{path}: [pj] has no valid '{key}'", "give a number of picojoules")
     if not all(isinstance(document.get(key), str) for key in ("name", "process", "citation")):
-        raise InputError(f"{path}: name, process and citation must be texts", "say where the constants are from")
-    return Constants(
-        document["name"], document["process"], document["citation"], {key: float(pj[key]) for key in OPERATIONS}
-    )
+        raise InputError(f"{path}: name, process and citation must be texts", "say where they come from")
+    energies = {key: float(pj[key]) for key in OPERATIONS}
+    return Constants(document["name"], document["process"], document["citation"], energies)
