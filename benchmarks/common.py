@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import rich.console
-from journal import Journal
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -31,6 +30,7 @@ from spikequant_gguf.ggml_patch.cache import make_folder
 from spikequant_gguf.ggml_patch.progress import Progress
 from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
 from spikequant_gguf.host import HostFacts, host_facts
+from spikequant_gguf.journal import Journal
 from spikequant_gguf.runtime import require_runtime
 from spikequant_gguf.variants import SPIKE_TYPE
 

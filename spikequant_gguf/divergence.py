@@ -23,7 +23,7 @@ from .host import HostFacts, host_facts
 from .perplexity import MeanAndError, as_text, perplexity_and_error, safe_exp, token_losses
 from .texts import Text
 
-__all__ = ["Divergence", "DivergenceResult", "divergence", "token_divergences"]
+__all__ = ["Divergence", "DivergenceResult", "DivergenceSums", "divergence", "token_divergences"]
 
 _SAMPLE_BYTES = 20_000
 _ROWS = 16  # logits treated at once, so that they stay in the cache
@@ -124,7 +124,7 @@ def divergence(
         plan = plan_chunks(text_tokens(base, source.data, source.name, ctx), ctx, chunks, base.bos)
         progress.step("evaluate", f"{len(opened)} models on {len(plan)} chunks of {ctx} tokens")
         reference_losses = MeanAndError()
-        sums = [_Sums() for _ in others]
+        sums = [DivergenceSums() for _ in others]
         started = time.perf_counter()
         for chunk in plan:
             # In lockstep, block by block: logits stay in each model's own context while they are compared.
@@ -174,7 +174,7 @@ def token_divergences(
     return divergences, expected.argmax(axis=1) == logits.argmax(axis=1)
 
 
-class _Sums:
+class DivergenceSums:
     """What one model adds up over all positions."""
 
     def __init__(self) -> None:
@@ -188,6 +188,7 @@ class _Sums:
         logits: NDArray[np.float32],
         targets: NDArray[np.int32],
     ) -> None:
+        """Takes in logits of the reference and the model, float32[rows, n_vocab], and the reference's losses."""
         values, same = token_divergences(expected, logits)
         losses = token_losses(logits, targets)
         self.losses.add(losses)
@@ -196,6 +197,7 @@ class _Sums:
         self.same += int(same.sum())
 
     def result(self, model: str) -> Divergence:
+        """The accuracy of the model of this name."""
         share = self.same / self.divergences.count
         ratio = safe_exp(self.differences.mean)
         return Divergence(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..format import MAX_SHIFT, QK_SPK
-from .settings import SpikeSettings
+from .settings import SpikeSettings, check_groups
 
 __all__ = ["SpikeCodes", "SpikeCounts", "SpikeEncoder", "encode", "rotate"]
 
@@ -105,13 +105,17 @@ def encode(x: torch.Tensor, settings: SpikeSettings) -> SpikeCodes:
     Args:
         x: float32[tokens, n], in the model's basis.
         settings: those of activations and rotation are used.
+
+    Raises:
+        InputError: n is not a whole number of blocks to rotate or of groups.
     """
+    check_groups(x.shape[1], settings.activation_group, settings.rotated)
     finite = torch.isfinite(x).all(dim=-1)
     if settings.rotated:
         x = rotate(x)
         finite &= torch.isfinite(x).all(dim=-1)
     x = torch.where(finite[:, None], x, 0.0)
-    n_groups = 1 if settings.activation_group is None else -(-x.shape[1] // settings.activation_group)
+    n_groups = x.shape[1] // (settings.activation_group or x.shape[1])
     groups = x.reshape(len(x) * n_groups, -1)
 
     bits = settings.activation_bits

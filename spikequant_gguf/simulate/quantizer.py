@@ -12,9 +12,9 @@ from ..format import QK_SPK
 from ..weights import threshold_on_grid
 from .encoder import rotate
 from .layer import SpikeWeights
-from .settings import SpikeSettings
+from .settings import SpikeSettings, check_groups
 
-__all__ = ["quantize"]
+__all__ = ["compensated_rounding", "quantize"]
 
 _DAMPING = 0.01  # of the mean of the diagonal
 _MULTIPLES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the threshold found for nearest rounding: GPTQ prefers finer ones
@@ -36,7 +36,11 @@ def quantize(
         settings: those of weights and rotation are used.
         gptq: make later columns compensate for the errors of earlier ones; else each weight is rounded to the
             nearest code, with moments (if there are any) only in the choice of thresholds.
+
+    Raises:
+        InputError: n is not a whole number of blocks, or of groups.
     """
+    check_groups(weights.shape[1], settings.weight_group, settings.rotated or settings.salient_weights > 0)
     n = weights.shape[1]
     if settings.rotated:
         weights = rotate(weights)
@@ -44,14 +48,36 @@ def quantize(
     if settings.rotated and moments is not None:
         hessian = rotate(rotate(hessian).T)
         hessian = (hessian + hessian.T) * 0.5
-    diagonal = hessian.diagonal()
-    hessian = hessian + torch.eye(n) * (_DAMPING * diagonal.mean().clamp_min(1e-12))
+    hessian = _damped(hessian)
     parts = [
         _quantize_rows(weights[first : first + _ROWS], hessian, settings, gptq and moments is not None)
         for first in range(0, len(weights), _ROWS)
     ]
     values, thresholds, salients = zip(*parts, strict=True)
     return SpikeWeights(torch.cat(values), torch.cat(thresholds), settings.rotated, sum(salients))
+
+
+def compensated_rounding(
+    weights: torch.Tensor, moments: torch.Tensor, step: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
+) -> torch.Tensor:
+    """GPTQ on a given grid: multiples lo..hi of step. Returns weights on it, float32[rows, n].
+
+    Args:
+        weights: float32[rows, n], in the basis of the grid.
+        moments: mean of x xᵀ over inputs in that basis, float32[n, n].
+        step: float32[rows, n].
+        lo, hi: float32[rows, n] or [n].
+    """
+    columns, steps = weights.T.contiguous(), step.T.contiguous()
+    lo, hi = (bound.expand_as(weights).T.contiguous() for bound in (lo, hi))
+    values, _ = _gptq(columns, _damped(moments), steps[:, None], lo, hi, torch.zeros_like(columns))
+    return (values[:, 0] * steps).T.contiguous()
+
+
+def _damped(hessian: torch.Tensor) -> torch.Tensor:
+    """With so much on the diagonal that the matrix is positive definite."""
+    mean = hessian.diagonal().mean().clamp_min(1e-12)
+    return hessian + torch.eye(len(hessian)) * (_DAMPING * mean)
 
 
 def _quantize_rows(

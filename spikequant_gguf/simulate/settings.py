@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..format import DEFAULT_SALIENCE, DEFAULT_SILENCE, MAX_SILENCE, QK_SPK, SALIENT_SLOTS
 
-__all__ = ["CODINGS", "MAX_BITS", "SpikeSettings"]
+__all__ = ["CODINGS", "MAX_BITS", "SpikeSettings", "check_groups"]
 
 MAX_BITS = 8
 CODINGS = ("ttfs", "rate")
@@ -74,3 +74,10 @@ class SpikeSettings:
     def has_salience(self) -> bool:
         """Whether activations outside the standard range get another bit."""
         return self.salience is not None or bool(self.top_share)
+
+
+def check_groups(n_in: int, group: int | None, rotated: bool) -> None:
+    """Raises InputError unless n_in inputs are a whole number of groups, and of blocks if they are rotated."""
+    for size, what in ((QK_SPK if rotated else 1, "rotated blocks"), (group or n_in, "groups")):
+        if n_in == 0 or n_in % size:
+            raise InputError(f"{n_in} inputs are no whole number of {what} of {size}", "choose another size")

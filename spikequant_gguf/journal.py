@@ -1,4 +1,4 @@
-"""Measured cases of a benchmark that has not finished, so that it goes on where it was interrupted."""
+"""Measured cases of a long measurement, kept in a file, so that it goes on where it was interrupted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from spikequant_gguf.files import atomic_path
-from spikequant_gguf.ggml_patch.cache import make_folder
+from .files import atomic_path
+from .ggml_patch.cache import make_folder
+
+__all__ = ["Journal"]
 
 
 class Journal:
@@ -25,6 +27,13 @@ class Journal:
         for line in lines[1:] if lines[:1] == [self._identity] else []:
             case = json.loads(line)
             self._cases[case["case"]] = case["rows"]
+
+    def __contains__(self, case: str) -> bool:
+        return case in self._cases
+
+    def __getitem__(self, case: str) -> list[dict]:
+        """Rows of a case that was measured."""
+        return self._cases[case]
 
     def rows(self, case: str, measure: Callable[[], list[dict]]) -> list[dict]:
         """Rows of a case: those kept, or those that `measure` gives."""
