@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import energy, evaluate, files, setup
+from . import energy, evaluate, files, setup, sweep
 
 __all__ = ["app", "main"]
 
@@ -38,7 +38,7 @@ def _common(
     pass
 
 
-for _module in (setup, files, evaluate, energy):
+for _module in (setup, files, evaluate, energy, sweep):
     _module.add_commands(app)
 
 

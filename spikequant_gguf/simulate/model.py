@@ -95,6 +95,10 @@ class TorchModel:
             parent, _, name = self._modules[gguf_name].rpartition(".")
             setattr(self._model.get_submodule(parent), name, layer)
 
+    def simulated(self, gguf_name: str) -> nn.Module:
+        """What computes a layer now."""
+        return self._model.get_submodule(self._modules[gguf_name])
+
     def change(self, values: Mapping[str, torch.Tensor]) -> None:
         """Set parameters, such as gains of norms, by their GGUF names; restore() undoes it."""
         for gguf_name, value in values.items():

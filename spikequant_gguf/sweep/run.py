@@ -179,8 +179,9 @@ def sweep(
         with ExitStack() as stack:
             bench = _LazyBench(stack, path, plan, parts, folder, identity, progress)
             reference = journal.rows("reference", lambda: [bench.reference()])[0]
-            for number, point in enumerate(_grouped(wanted)):
-                title = f"{point.study}: {point.name} ({number + 1} of {len(wanted)})"
+            different = list({_key(point): point for point in reversed(_grouped(wanted))}.values())[::-1]
+            for number, point in enumerate(different):
+                title = f"{point.study}: {point.name} ({number + 1} of {len(different)})"
                 journal.rows(_key(point), lambda point=point, title=title: [bench.measure(point, title)])
         bench.clean()
         header = read_header(path)
