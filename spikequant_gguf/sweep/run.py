@@ -184,9 +184,11 @@ def sweep(
                 title = f"{point.study}: {point.name} ({number + 1} of {len(different)})"
                 journal.rows(_key(point), lambda point=point, title=title: [bench.measure(point, title)])
         bench.clean()
+        for point in wanted:
+            journal.rows(_label(point), lambda point=point: journal[_key(point)])
         header = read_header(path)
     everything = plan_points("all", False, coding) + plan_points("all", True, coding) + wanted
-    shown = [point for point in dict.fromkeys(everything) if _key(point) in journal]
+    shown = [point for point in dict.fromkeys(everything) if _label(point) in journal]
     notes = [*reference.pop("notes"), *_notes(header)]
     return SweepResult(
         reference={
@@ -313,12 +315,18 @@ def _grouped(points: Sequence[Point]) -> list[Point]:
     return [point for group in groups.values() for point in group]
 
 
+def _label(point: Point) -> str:
+    """Case of the journal for a point that was asked for; studies may share what was measured."""
+    return f"{point.study}: {point.name}: {_key(point)}"
+
+
 def _key(point: Point) -> str:
+    """Case of the journal for a measurement."""
     return json.dumps(point.method.to_json(), sort_keys=True)
 
 
 def _measured(point: Point, journal: Journal) -> SweepPoint:
-    fields = journal[_key(point)][0]
+    fields = journal[_label(point)][0]
     settings = point.method.settings
     return SweepPoint(
         point.study,
