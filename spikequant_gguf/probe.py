@@ -1,4 +1,4 @@
-"""The inputs and outputs of linear layers as they really occur, taken from the runtime while it reads a text."""
+"""The inputs and outputs of linear layers as they occur, taken from the runtime while it reads a text."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ProbedModel(Model):
         return params
 
     def _on_node(self, address: Any, ask: bool, _user_data: Any) -> bool:
-        """What ggml's scheduler calls before a node (ask: shall I stop after it?) and after one it stopped at."""
+        """ggml calls it before a node (ask: shall it stop after this one?) and after one where it stopped."""
         try:
             node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
             weights = TensorStruct.from_address(node.src[0]) if node.src[0] else None

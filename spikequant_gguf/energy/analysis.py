@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..evaluation import Model
 from ..format import TYPE_SPK4
-from ..gguf_header import read_header
 from ..ggml_patch.progress import Progress, SilentProgress
+from ..gguf_header import read_header
 from ..host import HostFacts, host_facts
 from ..inspect_file import model_type
 from ..perplexity import as_text
@@ -25,7 +25,7 @@ from .counts import Counts, counting, read_counts, read_token_counts, total
 from .measure import BATCH, Measured, MeasureOptions, measure, unavailable
 from .model import SystemEnergy, by_kind, model_energy
 from .rapl import POWERCAP
-from .shares import Shares, counts_of_shape, shares_by_kind
+from .shares import counts_of_shape, shares_by_kind
 from .sources import find_source
 
 __all__ = ["PHASES", "EnergyResult", "PhaseEnergy", "count_text", "energy"]
@@ -42,8 +42,8 @@ class PhaseEnergy:
         phase: ``prompt``: up to 512 tokens at once, or ``decode``: one by one.
         tokens: computed.
         counts: by tensor.
-        token_counts: TOKEN_COUNTS[n], single tokens in single tensors, their `token` counted from the start of
-            the text; empty for a shape.
+        token_counts: TOKEN_COUNTS[n], single tokens in single tensors; `token` counts from the start of the
+            text; empty for a shape.
         rows: energies by system, the model itself first.
         layers: the same by kind of layer.
         sensitivity, conditions: see conditions.py.
@@ -93,9 +93,7 @@ class PhaseEnergy:
             "rows": self._rows_json(self.rows),
             "counts": total(self.counts) | {"rate_to_ttfs": self.spike_ratio},
             "shares": {kind: share.to_json() for kind, share in shares_by_kind(self.counts).items()},
-            "layers": [
-                {"kind": kind, "rows": self._rows_json(rows)} for kind, rows in self.layers.items()
-            ],
+            "layers": [{"kind": kind, "rows": self._rows_json(rows)} for kind, rows in self.layers.items()],
             "sensitivity": self.sensitivity,
             "conditions": [condition.to_json() for condition in self.conditions],
             "tensors": [count.to_json() for count in self.counts],
@@ -182,7 +180,7 @@ def energy(
     Args:
         models: the first one is counted; all are measured, in turns, where the machine has a counter.
         phases: of ``prompt`` and ``decode``.
-        shape: name of a shape, for which the model's shares by kind of layer are assumed; nothing is measured.
+        shape: name of a shape, for which the model's shares by kind of layer are assumed.
         constants: a named set or a TOML file. dram_bit: another energy per bit, in picojoules.
         measuring: whether to measure at all.
         powercap: folder of the RAPL counters.
@@ -214,8 +212,8 @@ def energy(
             counts = counts_of_shape(SHAPES[shape], shares_by_kind(counts), tokens, products)
             token_counts = token_counts[:0]
             assumption = (
-                f"Only the shape is of {shape}: shares of silent and salient inputs by kind of layer are those "
-                f"measured in {paths[0].name} on this text."
+                f"Only the shape is of {shape}: shares of silent and salient inputs by kind of layer are "
+                f"those measured in {paths[0].name} on this text."
             )
         layers = {kind: model_energy(group, tokens, prices) for kind, group in by_kind(counts).items()}
         found.append(
@@ -311,6 +309,4 @@ def _measured(
             reason = source
     if reason is not None:
         return [unavailable(system, phase, reason) for phase in phases for system in models]
-    return measure(
-        models, text.data, tokens, phases, source, options, threads=threads, progress=progress
-    )
+    return measure(models, text.data, tokens, phases, source, options, threads=threads, progress=progress)

@@ -124,9 +124,9 @@ def _of_system(
     least = _first(lambda batch: with_batch(batch) >= wanted, _SEARCHED)
     best = with_batch(_SEARCHED)
     text = (
-        f"With memory it takes {least} or more tokens per reading of the weights."
+        f"With memory (inputs and outputs through DRAM, too) from {least} tokens per reading of weights on."
         if least
-        else f"With memory it is out of reach at any batch size: at most {best:.2f} ×."
+        else f"With memory (inputs and outputs through DRAM, too) at no batch size: at most {best:.2f} ×."
     )
     found.append(make("tokens per reading of the weights, with memory", None, least, "tokens", best, text))
 
@@ -158,7 +158,14 @@ def _of_system(
     ):
         value = at(layer(_WIDE, _WIDE, varied))
         found.append(
-            make(quantity, None, None, "", value, f"{quantity.capitalize()} ({_WIDE} × {_WIDE}): {value:.2f} ×.")
+            make(
+                quantity,
+                None,
+                None,
+                "",
+                value,
+                f"{quantity.capitalize()} ({_WIDE} × {_WIDE}): {value:.2f} ×.",
+            )
         )
     return found
 

@@ -77,9 +77,7 @@ def _load(name_or_file: str, depth: int) -> Constants:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(
-            f"{name_or_file}: no readable set of energy constants: {error}", remedy
-        ) from None
+        raise InputError(f"{name_or_file}: no readable set of energy constants: {error}", remedy) from None
     texts: dict[str, object] = {}
     pj: dict[str, object] = {}
     base = document.get("base")

@@ -17,7 +17,7 @@ __all__ = ["TOKEN_COUNTS", "Counts", "counting", "read_counts", "read_token_coun
 
 _SUMS = ("spikes", "silent", "salient", "rate_spikes", "adds", "shift_adds", "readouts", "bytes")
 TOKEN_COUNTS = np.dtype(SpikeTokenCounter)
-"""One token in one tensor: ``counter`` is the tensor's index in read_counts, ``token`` the input's in its product."""
+"""One token in one tensor: ``counter``: index of the tensor in read_counts, ``token``: of its input."""
 
 
 @dataclass(frozen=True)

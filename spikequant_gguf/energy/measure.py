@@ -70,7 +70,7 @@ class Measured:
         repeats: samples. lost: samples that the counter spoiled, which were repeated.
         tokens: of the text. batch: computed at once. sequence_length: longest context.
         seconds, idle_seconds, stabilisation_seconds, sampling_seconds: of MeasureOptions and source.
-        ratio_to_q4_0: Q4_0's joules over this model's in the same round, median; then the range of the rounds.
+        ratio_to_q4_0: Q4_0's joules over this model's in the same round, median; then their range.
     """
 
     system: str

@@ -5,8 +5,8 @@ What each system does for a product of `rows` outputs and `inputs` inputs, per t
 spk4      the counted additions, shift-adds (as two additions) and readouts (three float multiplications, an
           addition, and an int32 multiplication for the zero-point). Nothing is dequantized.
 fp16_mac  weights of 4 bits in blocks of 32 (4.5 bits each), turned into fp16 once per product, however many
-          tokens share it (an offset and an fp16 multiplication each); one fp16 multiplication and addition per
-          weight and token.
+          tokens share it (an offset and an fp16 multiplication each); one fp16 multiplication and addition
+          per weight and token.
 f16       the same with fp16 weights: nothing to dequantize, 16 bits to read.
 q4_0, q4_k_m, and other types of llama.cpp: see stock.py; int8 multiplications, int32 additions.
 w4a4      4-bit multiplication and int32 addition per weight, float scales per group of 128 (4.25 bits each).
@@ -16,8 +16,8 @@ spikellm  a reading of SpikeLLM (Xing et al., arXiv 2407.04752), not its code: a
           bits are added, half of the bits being set on average (an assumption: codes of an asymmetric range
           are not counted). Sums of the planes are shifted and added per output.
 
-Sums are 32 bits wide in all of them (fp16 in fp16_mac and f16): cheaper ones would help every system. Unpacking
-of nibbles is counted nowhere. Making the inputs is: see CODING.
+Sums are 32 bits wide in all of them (fp16 in fp16_mac and f16): cheaper ones would help every system.
+Unpacking of nibbles is counted nowhere. Making the inputs is: see CODING.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CODING = {
     # six additions of the rotation, largest magnitude, three comparisons for the median, silence, rounding
     "spikes": {"fp32_mul": 1, "fp32_add": 12},
 }
-"""Operations per input that make the coded inputs; of `integer` for all integer types, of `spikes` for the rest."""
+"""Operations per input that make the coded inputs; `integer` is for all integer types."""
 
 _GROUP = 128  # of w4a4
 _PLANES = 4  # of spikellm
@@ -92,7 +92,7 @@ def model_energy(counts: Sequence[Counts], tokens: int, constants: Constants) ->
 def type_energy(
     counts: Sequence[Counts], tokens: int, constants: Constants, types: Mapping[str, str], system: str
 ) -> SystemEnergy:
-    """Energy of a model of llama.cpp's own types, given by tensor name. Raises KeyError for an unknown type."""
+    """Energy of a model of llama.cpp's own types, by tensor name. Raises KeyError for an unknown type."""
     prices = []
     for count in counts:
         kind = types[count.name].lower()

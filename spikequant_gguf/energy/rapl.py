@@ -27,8 +27,8 @@ class Package:
     def spent(self, before: int, after: int) -> int:
         """Microjoules between two readings. Raises CounterError.
 
-        A fall is a wrap-around only if the counter was nearer to its end than to where it is now; a small fall
-        is a counter that was set back, which happens when a machine sleeps, and tells nothing.
+        A fall is a wrap-around only if it is by more than half of the range; a smaller one is a counter that
+        was set back, which happens when a machine sleeps, and tells nothing.
         """
         if after >= before:
             return after - before

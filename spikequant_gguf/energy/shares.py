@@ -68,7 +68,9 @@ def shares(counts: Sequence[Counts]) -> Shares:
     sums = total(counts)
     inputs = sum(count.tokens * count.n_inputs for count in counts)
     salient_spikes = sum(count.shift_adds // count.n_rows for count in counts)
-    steps = sum(count.adds // count.n_rows - count.spikes + count.shift_adds // count.n_rows for count in counts)
+    steps = sum(
+        count.adds // count.n_rows - count.spikes + count.shift_adds // count.n_rows for count in counts
+    )
     return Shares(
         silent=sums["silent"] / inputs,
         salient=sums["salient"] / inputs,

@@ -22,7 +22,7 @@ class StockType:
         bits: per weight.
         input_bits: per input, in the type that it is computed with.
         offset: whether each weight's code needs an offset or a look-up before it is multiplied.
-        block: weights that share float scales, which take `block_mul` multiplications and `block_add` additions.
+        block: weights that share float scales, for `block_mul` multiplications and `block_add` additions.
         sub_block: weights that share `sub_scales` integer scales; 0 for none.
     """
 
