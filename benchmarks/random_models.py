@@ -6,7 +6,6 @@ quantized by ggml; the others repeat their bytes, which changes neither what is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,47 +17,15 @@ from spikequant_gguf.files import atomic_path
 from spikequant_gguf.format import TYPE_SPK4
 from spikequant_gguf.ggml_patch.progress import Progress
 from spikequant_gguf.native import load
+from spikequant_gguf.shapes import SHAPES, LlamaShape
 from spikequant_gguf.variants import SPIKE_TYPE
+
+__all__ = ["SHAPES", "TYPES", "file_bytes", "tensor_type", "write_model"]
 
 _DISTINCT_ROWS = 128
 _CONTEXT = 2048
 _T = GGMLQuantizationType
 
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a Llama model."""
-
-    layers: int
-    width: int
-    ff_width: int
-    heads: int
-    kv_heads: int
-    vocabulary: int = 32000
-
-    def matrices(self) -> list[tuple[str, int, int]]:
-        """(name, rows, inputs) in the order of the file."""
-        kv_width = self.width // self.heads * self.kv_heads
-        found = [("token_embd", self.vocabulary, self.width), ("output", self.vocabulary, self.width)]
-        for layer in range(self.layers):
-            block = f"blk.{layer}."
-            found += [
-                (f"{block}attn_q", self.width, self.width),
-                (f"{block}attn_k", kv_width, self.width),
-                (f"{block}attn_v", kv_width, self.width),
-                (f"{block}attn_output", self.width, self.width),
-                (f"{block}ffn_gate", self.ff_width, self.width),
-                (f"{block}ffn_up", self.ff_width, self.width),
-                (f"{block}ffn_down", self.width, self.ff_width),
-            ]
-        return found
-
-
-SHAPES = {
-    "1.1b": LlamaShape(layers=22, width=2048, ff_width=5632, heads=32, kv_heads=4),
-    "7b": LlamaShape(layers=32, width=4096, ff_width=11008, heads=32, kv_heads=32),
-}
-"""TinyLlama's and Llama 2's smallest, by the names of --models."""
 
 _FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .divergence import Divergence, DivergenceResult, divergence
+from .energy.comparison import compared_energies
 from .errors import InputError
 from .evaluation import DEFAULT_CTX
 from .format import KEY_CALIBRATION
@@ -43,7 +44,7 @@ class ComparisonRow:
         prompt_tps, decode_tps: tokens per second; None if not measured.
         prompt_ratio, decode_ratio: relative to the Q4_0 model, measured in turns with it; None without one.
         prompt_ratio_range, decode_ratio_range: smallest and largest of the rounds.
-        energy: None; see `spikequant energy`.
+        energy: modelled, of the linear layers in a prompt: see energy.comparison.compared_energies.
     """
 
     name: str
@@ -200,9 +201,11 @@ def compare(
         ordered, {path: sizes[path].file_bytes for path in ordered}, source, ctx, chunks, threads, progress
     )
     notes = [*notes, *_calibration_notes(headers.values(), source)]
+    baseline = next((path for path in ordered if kinds[path] == BASELINE_TYPE), None)
+    progress.step("energy")
+    energies = compared_energies(headers, source, largest_tokens=2 * ctx, baseline=baseline, threads=threads)
     speeds: dict[str, Speed] = {}
     if rounds:
-        baseline = next((path for path in ordered if kinds[path] == BASELINE_TYPE), None)
         if baseline is None:
             notes.append(f"Without a {BASELINE_TYPE.upper()} model there are no relative speeds.")
         measured = speed(
@@ -229,6 +232,7 @@ def compare(
                 bits_per_weight=sizes[path].bits_per_weight,
                 **_accuracy_fields(by_model[str(path)]),
                 **_speed_fields(speeds.get(str(path))),
+                energy=energies[path],
             )
             for path in ordered
         ),

@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any
 
 import rich.console
@@ -18,13 +20,14 @@ from rich.logging import RichHandler
 from .errors import SpikeQuantError
 from .ggml_patch.progress import Progress, SilentProgress, TerminalProgress
 
-__all__ = ["EXIT_INTERRUPTED", "Console", "to_json_text"]
+__all__ = ["EXIT_INTERRUPTED", "Console", "remember_command", "to_json_text"]
 
 EXIT_INTERRUPTED = 130
 _EXIT_PIPE_CLOSED = 141
 _EXIT_INTERNAL = 1
 _LOGGER = "spikequant_gguf"
 _PIPE_WIDTH = 200  # no terminal to wrap lines for
+_command_line: str | None = None
 
 
 class Console:
@@ -57,9 +60,14 @@ class Console:
             self._messages.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def result(self, document: Callable[[], dict], render: Callable[[rich.console.Console], None]) -> None:
-        """The result of the command on stdout: `document` as JSON, or what `render` prints."""
+        """The result of the command on stdout: `document` as JSON, or what `render` prints.
+
+        A document says by which command it was made, and when.
+        """
         if self.json_output:
-            print(to_json_text(document()))
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            made = {} if _command_line is None else {"command": _command_line, "created": now}
+            print(to_json_text(made | document()))
         else:
             render(_rich_console(stderr=False))
 
@@ -116,6 +124,17 @@ class Console:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+def remember_command(program: str, arguments: Sequence[str]) -> None:
+    """The command line of this process, for documents; of paths only the last part."""
+    global _command_line
+
+    def shown(argument: str) -> str:
+        folder, name = os.path.split(argument.rstrip(os.sep))
+        return name if folder and os.path.isdir(folder) else argument
+
+    _command_line = shlex.join([program, *map(shown, arguments)])
 
 
 class _Screen(rich.console.Console):

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import __version__
+from .energy.rapl import POWERCAP
+from .energy.sources import find_source
 from .errors import BuildError, RuntimeMissingError
 from .ggml_patch.cache import CACHE_VARIABLE, open_cache
 from .ggml_patch.compile import TOOLS
@@ -19,7 +21,6 @@ from .runtime import ABI, RuntimeInfo, converter_script, find_runtime, tool
 
 __all__ = ["Check", "DoctorReport", "doctor"]
 
-POWERCAP = Path("/sys/class/powercap")
 _CONVERTER_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "safetensors")
 _BUILD = "run `spikequant build`"
 
@@ -145,24 +146,19 @@ def _cache() -> Check:
 
 
 def _energy() -> Check:
-    """RAPL counters are the only measured source without further hardware; most systems keep them to root."""
+    """Whether joules can be measured without further hardware; most systems keep the counters to root."""
     name = "energy source"
-    counters = sorted(POWERCAP.glob("*rapl*:*/energy_uj"))
-    if not counters:
-        return Check(
-            name, "no RAPL counters on this machine; energies are modelled, never measured, here", None
-        )
-    try:
-        for counter in counters:
-            counter.read_text(encoding="ascii")
-    except OSError:
+    source = find_source(POWERCAP)
+    if not isinstance(source, str):
+        return Check(name, f"{source.method}: {source.description}")
+    if "root only" in source or "cannot be read" in source:
         return Check(
             name,
-            f"RAPL counters exist but cannot be read: {counter}",
+            f"RAPL counters exist but cannot be read: {source}",
             False,
             "let your user read them (they belong to root), or measure with an external meter",
         )
-    return Check(name, f"RAPL, {len(counters)} counters")
+    return Check(name, f"none: energies are modelled, never measured, here ({source})", None)
 
 
 def _converter() -> list[Check]:

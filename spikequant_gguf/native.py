@@ -19,7 +19,7 @@ from .format import BLOCK_SPK4, BLOCK_SPKA, QK_SPK, TYPE_SPK4, check_inputs
 from .ggml_patch.package import library_file
 from .runtime import require_runtime, tool
 
-__all__ = ["NativeLibrary", "SpikeCounter", "load"]
+__all__ = ["NativeLibrary", "SpikeCounter", "SpikeTokenCounter", "load"]
 
 
 class SpikeCounter(ctypes.Structure):
@@ -38,6 +38,21 @@ class SpikeCounter(ctypes.Structure):
         ("adds", c_uint64),
         ("shift_adds", c_uint64),
         ("readouts", c_uint64),
+        ("bytes", c_uint64),
+    ]
+
+
+class SpikeTokenCounter(ctypes.Structure):
+    """spike_token_counter of ggml_patch/spike/cpu/spike-counters.h."""
+
+    _fields_ = [
+        ("counter", c_int64),
+        ("token", c_int64),
+        ("spikes", c_uint64),
+        ("salient", c_uint64),
+        ("rate_spikes", c_uint64),
+        ("adds", c_uint64),
+        ("shift_adds", c_uint64),
         ("bytes", c_uint64),
     ]
 
@@ -67,6 +82,8 @@ _SPIKE = {
         "spikequant_count": (None, (c_bool,)),
         "spikequant_counters_reset": (None, ()),
         "spikequant_counters": (c_int64, (POINTER(POINTER(SpikeCounter)),)),
+        "spikequant_count_tokens": (None, (c_bool,)),
+        "spikequant_token_counters": (c_int64, (POINTER(POINTER(SpikeTokenCounter)),)),
         "ggml_vec_dot_spk4_spka": (
             None,
             (c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_size_t, c_int),

@@ -461,10 +461,12 @@ def test_the_doctor_tells_whether_energy_can_be_measured(
     assert checks()["energy source"].status == "info"
     counter = tmp_path / "intel-rapl:0" / "energy_uj"
     counter.mkdir(parents=True)  # cannot be read as a file, by no user
+    (counter.parent / "name").write_text("package-0\n")
+    (counter.parent / "max_energy_range_uj").write_text("262143328850\n")
     assert checks()["energy source"].status == "problem"
     counter.rmdir()
     counter.write_text("123456\n")
-    assert checks()["energy source"].status == "ok" and "1 counter" in checks()["energy source"].value
+    assert checks()["energy source"].status == "ok" and "rapl" in checks()["energy source"].value
 
 
 def test_the_doctor_names_missing_converter_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from ..console import remember_command
 from . import energy, evaluate, files, setup, sweep
 
 __all__ = ["app", "main"]
@@ -44,4 +46,5 @@ for _module in (setup, files, evaluate, energy, sweep):
 
 def main() -> None:
     """Entry point of the `spikequant` program."""
+    remember_command("spikequant", sys.argv[1:])
     app()

@@ -39,6 +39,13 @@ def show_comparison(out: Console, comparison: Comparison) -> None:
             f"Speed: prompt of {comparison.prompt}, decode of {comparison.decode} tokens, median of "
             f"{comparison.rounds} rounds, each in turns with Q4_0 (± half the range of the rounds' ratios).",
         )
+    modelled = [row for row in comparison.rows if row.energy and row.energy["pj_per_token"] is not None]
+    if modelled:
+        line(
+            out,
+            f"Energy of the linear layers, modelled: {_energies(modelled)} (constants "
+            f"{modelled[0].energy['constants']}).",
+        )
     for note in comparison.notes:
         line(out, f"Note: {note}")
 
@@ -71,6 +78,16 @@ def _cells(row: ComparisonRow, reference: str) -> dict[str, str]:
         "decode t/s": number(row.decode_tps, ".1f"),
         "decode × Q4_0": _ratio(row.decode_ratio, row.decode_ratio_range),
     }
+
+
+def _energies(rows: Sequence[ComparisonRow]) -> str:
+    """Arithmetic and dequantization, then memory, in microjoules per token of a prompt."""
+    parts = []
+    for row in rows:
+        energy = row.energy or {}
+        compute = (energy["arithmetic"] + energy["dequantization"]) / 1e6
+        parts.append(f"{row.name} {compute:.1f} + memory {energy['memory'] / 1e6:.1f}")
+    return ", ".join(parts) + " µJ per token of a prompt"
 
 
 def _ratio(ratio: float | None, spread: tuple[float, float] | None) -> str:

@@ -15,7 +15,6 @@ from ..converter import ConversionPlan, ConvertReport
 from ..dequantize import DequantizeReport
 from ..divergence import DivergenceResult
 from ..doctor import DoctorReport
-from ..energy import EnergyResult
 from ..ggml_patch.build import BuildReport
 from ..host import HostFacts
 from ..inspect_file import InspectReport
@@ -34,7 +33,6 @@ __all__ = [
     "show_dequantize",
     "show_divergence",
     "show_doctor",
-    "show_energy",
     "show_inspect",
     "show_perplexity",
     "show_plan",
@@ -133,23 +131,6 @@ def show_speed(out: Console, result: SpeedResult, layout: str) -> None:
         out.print(table)
     base = f"; ratios to {result.baseline}" if result.baseline else ""
     line(out, f"{result.rounds} rounds{base}; {_host(result.threads, result.host)}")
-
-
-def show_energy(out: Console, result: EnergyResult) -> None:
-    phase = "token by token" if result.decode else "as a prompt"
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in ("system", "arithmetic", "dequantization", "memory", "ratio", "with memory"):
-        table.add_column(title, justify="left" if title == "system" else "right")
-    for row in result.rows:
-        parts = (f"{part / 1e6:.2f}" for part in (row.arithmetic, row.dequantization, row.memory))
-        ratios = (f"{result.ratio(row.system, memory):.2f}" for memory in (False, True))
-        table.add_row(row.system, *parts, *ratios)
-    line(out, f"Modelled energy of the linear layers in µJ per token, {result.tokens} tokens {phase}")
-    out.print(table)
-    line(out, "ratio: arithmetic and dequantization over those of spk4")
-    line(out, f"spikes of rate coding over those of TTFS: {result.spike_ratio:.2f}")
-    line(out, f"constants: {result.constants.name}, {result.constants.process}; {result.constants.citation}")
-    line(out, f"measured: unavailable, {result.unavailable}")
 
 
 def show_inspect(out: Console, report: InspectReport, tensors: bool, metadata: bool) -> None:

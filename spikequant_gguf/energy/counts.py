@@ -1,18 +1,23 @@
-"""What the patched runtime counted, by weight tensor."""
+"""What the patched runtime counted, by weight tensor and by token."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from ..errors import UnsupportedError
-from ..native import NativeLibrary, SpikeCounter, load
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Counts", "counting", "read_counts", "total"]
+from ..errors import UnsupportedError
+from ..native import NativeLibrary, SpikeCounter, SpikeTokenCounter, load
+
+__all__ = ["TOKEN_COUNTS", "Counts", "counting", "read_counts", "read_token_counts", "total"]
 
 _SUMS = ("spikes", "silent", "salient", "rate_spikes", "adds", "shift_adds", "readouts", "bytes")
+TOKEN_COUNTS = np.dtype(SpikeTokenCounter)
+"""One token in one tensor: ``counter``: index of the tensor in read_counts, ``token``: of its input."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,20 @@ class Counts:
 
 
 @contextmanager
-def counting(library: NativeLibrary | None = None) -> Iterator[None]:
-    """Counts from zero inside the block; read_counts gives the sums after it, too."""
+def counting(library: NativeLibrary | None = None, *, tokens: bool = False) -> Iterator[None]:
+    """Counts from zero inside the block; read_counts gives the sums after it, too.
+
+    tokens: keep single tokens as well; read_token_counts gives them before the block ends.
+    """
     cpu = (library or load()).cpu
     cpu.spikequant_counters_reset()
+    cpu.spikequant_count_tokens(tokens)
     cpu.spikequant_count(True)
     try:
         yield
     finally:
         cpu.spikequant_count(False)
+        cpu.spikequant_count_tokens(False)
 
 
 def read_counts(library: NativeLibrary | None = None) -> list[Counts]:
@@ -60,6 +70,19 @@ def read_counts(library: NativeLibrary | None = None) -> list[Counts]:
     return [Counts(**row | {"name": row["name"].decode()}) for row in rows]
 
 
-def total(counts: list[Counts]) -> dict[str, int]:
+def read_token_counts(library: NativeLibrary | None = None) -> NDArray[np.void]:
+    """TOKEN_COUNTS[n] since counting began, in the order of the computation. Raises UnsupportedError."""
+    table = ctypes.POINTER(SpikeTokenCounter)()
+    n = (library or load()).cpu.spikequant_token_counters(ctypes.byref(table))
+    if n < 0:
+        raise UnsupportedError("there is no memory for counts of so many tokens", "count fewer at a time")
+    if n == 0:
+        return np.empty(0, TOKEN_COUNTS)
+    address = ctypes.cast(table, ctypes.c_void_p).value
+    rows = (SpikeTokenCounter * n).from_address(address)  # type: ignore[arg-type]
+    return np.frombuffer(rows, TOKEN_COUNTS).copy()
+
+
+def total(counts: Sequence[Counts]) -> dict[str, int]:
     """Sums over tensors."""
     return {name: sum(getattr(count, name) for count in counts) for name in _SUMS}

@@ -1,13 +1,17 @@
-"""Joules from Linux's powercap tree (Intel and AMD RAPL), or the reason why there are none."""
+"""Linux's powercap tree (Intel and AMD RAPL): counters of microjoules, by processor package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["POWERCAP", "Package", "Rapl", "find_rapl"]
+__all__ = ["POWERCAP", "CounterError", "Package", "Rapl", "find_rapl"]
 
 POWERCAP = Path("/sys/class/powercap")
+
+
+class CounterError(Exception):
+    """A counter ran backwards."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,19 @@ class Package:
 
     def read(self) -> int:
         return _number(self.folder / "energy_uj")
+
+    def spent(self, before: int, after: int) -> int:
+        """Microjoules between two readings. Raises CounterError.
+
+        A fall is a wrap-around only if it is by more than half of the range; a smaller one is a counter that
+        was set back, which happens when a machine sleeps, and tells nothing.
+        """
+        if after >= before:
+            return after - before
+        wrapped = after - before + self.limit + 1
+        if before > self.limit or wrapped > self.limit // 2:
+            raise CounterError(f"the counter of {self.folder} went back from {before} to {after} µJ")
+        return wrapped
 
 
 @dataclass(frozen=True)
@@ -32,9 +49,13 @@ class Rapl:
         return tuple(package.read() for package in self.packages)
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """Energy of all packages between two readings, with at most one wrap-around of each."""
-        spent = zip(self.packages, before, after, strict=True)
-        return sum((b - a) % (package.limit + 1) if b < a else b - a for package, a, b in spent) / 1e6
+        """Energy of all packages between two readings, with at most one wrap-around of each.
+
+        Raises:
+            CounterError: a counter ran backwards.
+        """
+        readings = zip(self.packages, before, after, strict=True)
+        return sum(package.spent(first, last) for package, first, last in readings) / 1e6
 
 
 def find_rapl(root: Path = POWERCAP) -> Rapl | str:

@@ -1,13 +1,19 @@
 #include "spike-counters.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define MAX_COUNTERS 8192
+#define FIRST_TOKENS 4096
 
 static spike_counter table[MAX_COUNTERS];
 static int64_t       n_counters;
 static bool          overflow;
 static bool          counting;
+
+static spike_token_counter * tokens;
+static int64_t               n_kept, max_kept;
+static bool                  counting_tokens;
 
 void spikequant_count(bool on) {
     counting = on;
@@ -16,11 +22,26 @@ void spikequant_count(bool on) {
 void spikequant_counters_reset(void) {
     n_counters = 0;
     overflow   = false;
+    n_kept     = 0;
 }
 
 int64_t spikequant_counters(const spike_counter ** counters) {
     *counters = table;
     return overflow ? -1 : n_counters;
+}
+
+void spikequant_count_tokens(bool on) {
+    counting_tokens = on;
+    if (!on) {
+        free(tokens);
+        tokens   = NULL;
+        n_kept   = max_kept = 0;
+    }
+}
+
+int64_t spikequant_token_counters(const spike_token_counter ** counters) {
+    *counters = tokens;
+    return n_kept;
 }
 
 bool spike_counting(void) {
@@ -56,7 +77,24 @@ spike_counter * spike_count_product(const char * name, int64_t n_inputs, int64_t
     return counter;
 }
 
-void spike_count_token(spike_counter * counter, const block_spka * blocks, bool alone) {
+static void keep_token(const spike_token_counter * token) {
+    if (n_kept < 0) {
+        return; // memory has run out
+    }
+    if (n_kept == max_kept) {
+        const int64_t size = max_kept ? 2*max_kept : FIRST_TOKENS;
+        spike_token_counter * larger = realloc(tokens, (size_t) size*sizeof(*tokens));
+        if (!larger) {
+            n_kept = -1;
+            return;
+        }
+        tokens     = larger;
+        max_kept = size;
+    }
+    tokens[n_kept++] = *token;
+}
+
+void spike_count_token(spike_counter * counter, int64_t token, const block_spka * blocks, bool alone) {
     if (!counter) {
         return;
     }
@@ -80,14 +118,27 @@ void spike_count_token(spike_counter * counter, const block_spka * blocks, bool 
             }
         }
     }
-    const uint64_t spikes = standard + salient_spikes, rows = (uint64_t) counter->n_rows;
+    const uint64_t rows = (uint64_t) counter->n_rows, spikes = standard + salient_spikes;
+    const spike_token_counter t = {
+        .counter     = counter - table,
+        .token       = token,
+        .spikes      = spikes,
+        .salient     = salient,
+        .rate_spikes = rate,
+        .adds        = rows*(standard + (uint64_t) (steps[0] + steps[1])),
+        .shift_adds  = rows*salient_spikes,
+        .bytes       = (uint64_t) n_blocks*sizeof(block_spka) + rows*sizeof(float) + (alone ? spikes*rows/2 : 0),
+    };
     counter->tokens      += 1;
-    counter->spikes      += spikes;
-    counter->silent      += (uint64_t) counter->n_inputs - spikes;
-    counter->salient     += salient;
-    counter->rate_spikes += rate;
-    counter->adds        += rows*(standard + (uint64_t) (steps[0] + steps[1]));
-    counter->shift_adds  += rows*salient_spikes;
+    counter->spikes      += t.spikes;
+    counter->silent      += (uint64_t) counter->n_inputs - t.spikes;
+    counter->salient     += t.salient;
+    counter->rate_spikes += t.rate_spikes;
+    counter->adds        += t.adds;
+    counter->shift_adds  += t.shift_adds;
     counter->readouts    += rows;
-    counter->bytes       += (uint64_t) n_blocks*sizeof(block_spka) + rows*sizeof(float) + (alone ? spikes*rows/2 : 0);
+    counter->bytes       += t.bytes;
+    if (counting_tokens) {
+        keep_token(&t);
+    }
 }

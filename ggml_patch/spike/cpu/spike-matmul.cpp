@@ -651,7 +651,8 @@ void count_product(const P & product, const ggml_tensor * weights, const block_s
         const int64_t n_tokens = product.get_job(j).n_tokens;
         spike_counter * counter = spike_count_product(weights->name, weights->ne[0], weights->ne[1], n_tokens);
         for (int64_t t = 0; t < n_tokens; t++) {
-            spike_count_token(counter, blocks + product.get_token(j, t).column*(weights->ne[0]/QK_SPK), n_tokens == 1);
+            const int64_t column = product.get_token(j, t).column;
+            spike_count_token(counter, column, blocks + column*(weights->ne[0]/QK_SPK), n_tokens == 1);
         }
     }
 }
