@@ -97,7 +97,7 @@ class Embedder(Model):
 
 
 def outputs(made: Made, path: Path) -> np.ndarray:
-    """What llama.cpp makes of the text: float32[tokens, n_vocab], or float32[tokens, n_embd] of embeddings."""
+    """What llama.cpp makes of the text: float32[tokens, n_vocab] or, of embeddings, [tokens, n_embd]."""
     if made.architecture.is_causal:
         with Model(path, ctx_size=64, threads=1) as model:
             return np.concatenate([block.copy() for block in model.logits(made.ids)])
