@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ class CalibratedQuantizer:
         )
         if not done:  # moments without rank, for example of a text of one token
             return self._direct.quantize(name, weights, matrix)
-        return blocks, measure(weights, blocks, self._library)
+        return blocks, replace(measure(weights, blocks, self._library), calibrated_weights=weights.size)
 
     def _moments_of(self, site: Site) -> NDArray[np.float32] | None:
         """Moments of a site's inputs as the quantized layer will see them: scaled and rotated."""

@@ -41,6 +41,8 @@ _PLANNED_AS = {
     "RWForCausalLM": "falcon",
     "Glm5NextForConditionalGeneration": "glm5-next",
 }
+# Architectures whose configuration the converter reads under names that transformers 5 has changed.
+_RENAMED_KEYS = ("GPTNeoXForCausalLM",)
 _TYPE_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
@@ -205,7 +207,10 @@ def _run(
     folder = _link_files(checkpoint, workspace)
     log_path = workspace / "converter.log"
     # the name of the file decides nothing; llama.cpp would replace {ftype} in it
-    command = [sys.executable, str(script), str(folder), "--outfile", str(target)]
+    command = [sys.executable]
+    if checkpoint.architecture in _RENAMED_KEYS:
+        command.append(str(Path(__file__).with_name("renamed_keys.py")))
+    command += [str(script), str(folder), "--outfile", str(target)]
     command += ["--outtype", checkpoint.shards.float_type, *options]
     with log_path.open("wb") as log:
         process = subprocess.Popen(

@@ -101,6 +101,13 @@ class ConvertReport:
         """Of the whole model, all tensors counted."""
         return self.plan.bits_per_weight
 
+    @property
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Tensors that a calibration did not reach, or not all of them; none if there was no calibration."""
+        if self.calibration == Recipe.calibration:
+            return ()
+        return tuple(name for name, each in self.statistics.items() if each.calibrated_weights < each.weights)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {
@@ -118,6 +125,7 @@ class ConvertReport:
                 }
                 for name, statistics in self.statistics.items()
             },
+            "uncalibrated": list(self.uncalibrated),
             "warnings": list(self.warnings),
             "seconds": self.seconds,
         }

@@ -36,12 +36,14 @@ class TensorStatistics:
         salient_weights: salient ones among them.
         squared_error: sum of (stored - wanted)^2.
         squared_norm: sum of wanted^2.
+        calibrated_weights: weights that were chosen with the help of real inputs.
     """
 
     weights: int = 0
     salient_weights: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    calibrated_weights: int = 0
 
     def __add__(self, other: TensorStatistics) -> TensorStatistics:
         return TensorStatistics(
@@ -49,6 +51,7 @@ class TensorStatistics:
             self.salient_weights + other.salient_weights,
             self.squared_error + other.squared_error,
             self.squared_norm + other.squared_norm,
+            self.calibrated_weights + other.calibrated_weights,
         )
 
     @property

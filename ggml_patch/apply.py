@@ -109,19 +109,23 @@ def remove(tree: Path | str) -> ApplyReport:
 
 def check_version(tree: Path, upstream: Upstream) -> None:
     """Raise InputError unless ``tree`` holds the pinned version of llama-cpp-python."""
-    content = _read(tree / "llama_cpp" / "__init__.py") or b""
-    found = re.search(rb"^__version__\s*=\s*[\"']([^\"']+)", content, re.MULTILINE)
-    if found is None:
+    version = read_version(_read(tree / "llama_cpp" / "__init__.py") or b"")
+    if version is None:
         raise InputError(
             f"{tree} is not an unpacked llama-cpp-python source package",
             f"give the folder that {upstream.sdist} unpacks to",
         )
-    version = found.group(1).decode("utf-8", "replace")
     if version != upstream.version:
         raise InputError(
             f"this is llama-cpp-python {version}, but the patch is made for {upstream.version}",
             f"use {upstream.sdist}",
         )
+
+
+def read_version(content: bytes) -> str | None:
+    """The version that llama_cpp/__init__.py states."""
+    found = re.search(rb"^__version__\s*=\s*[\"']([^\"']+)", content, re.MULTILINE)
+    return found.group(1).decode("utf-8", "replace") if found is not None else None
 
 
 def _unpatched_files(tree: Path, stamp: dict[str, _Touched]) -> dict[str, bytes | None]:

@@ -15,7 +15,10 @@ from .progress import Progress
 from .toolchain import Toolchain
 from .upstream import Upstream
 
-TOOLS = ("llama-quantize", "llama-perplexity", "llama-bench", "llama-imatrix")
+TOOLS = (
+    *("llama-quantize", "llama-perplexity", "llama-bench", "llama-imatrix"),
+    *("llama-gguf-split", "ggml-rpc-server"),
+)
 _LIBRARY_TARGETS = ("llama", "mtmd")
 
 
@@ -42,7 +45,9 @@ class Variant:
     def settings(self, upstream: Upstream) -> dict[str, str]:
         """CMake cache variables, without paths and without the patch id: part of the key of a build."""
         with_tools = "ON" if self.tools else "OFF"
-        return {
+        # Layers on other machines: a small library, which does nothing until a server is named.
+        remote = {"GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF"} if self.tools else {}
+        return remote | {
             "CMAKE_BUILD_TYPE": "Release",
             # One file per library, named as it is linked and as Python loads it. With libggml.so and
             # libggml.so.0 side by side a process would hold two copies with two backend registries.

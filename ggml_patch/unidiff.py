@@ -78,22 +78,39 @@ def parse(content: bytes, name: str) -> list[FilePatch]:
 
 def apply_hunks(content: bytes, patch: FilePatch, name: str) -> bytes:
     """``content`` of ``patch.path`` with all hunks applied. Raises BuildError naming patch, file and line."""
-    lines = split_lines(content)
-    result: list[bytes] = []
-    done = 0
-    offset = 0
-    for hunk in patch.hunks:
-        place = _find(lines, hunk, done, offset)
+    for hunk, place in zip(patch.hunks, place_hunks(split_lines(content), patch), strict=True):
         if place is None:
             raise BuildError(
                 f"patch {name} does not apply to {patch.path} at line {hunk.start}",
                 "the tree is not the pinned source package, or the series must be regenerated",
             )
-        offset = place - max(hunk.start - 1, 0)
-        result += lines[done:place]
-        result += hunk.new
-        done = place + len(hunk.old)
+    return apply_fitting(content, patch)
+
+
+def apply_fitting(content: bytes, patch: FilePatch) -> bytes:
+    """``content`` of ``patch.path`` with the hunks that fit, without the others."""
+    lines = split_lines(content)
+    result: list[bytes] = []
+    done = 0
+    for hunk, place in zip(patch.hunks, place_hunks(lines, patch), strict=True):
+        if place is not None:
+            result += lines[done:place]
+            result += hunk.new
+            done = place + len(hunk.old)
     return b"".join(result + lines[done:])
+
+
+def place_hunks(lines: list[bytes], patch: FilePatch) -> list[int | None]:
+    """Index of the first old line of each hunk, None where it does not fit."""
+    places: list[int | None] = []
+    done = offset = 0
+    for hunk in patch.hunks:
+        place = _find(lines, hunk, done, offset)
+        places.append(place)
+        if place is not None:
+            offset = place - max(hunk.start - 1, 0)
+            done = place + len(hunk.old)
+    return places
 
 
 def split_lines(content: bytes) -> list[bytes]:

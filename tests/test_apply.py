@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spikequant_gguf.errors import BuildError, InputError
 from spikequant_gguf.ggml_patch import apply as apply_module
-from spikequant_gguf.ggml_patch import regenerate, unidiff
+from spikequant_gguf.ggml_patch import canary, regenerate, unidiff
 from spikequant_gguf.ggml_patch.apply import apply, remove
 from spikequant_gguf.ggml_patch.cache import open_cache
 from spikequant_gguf.ggml_patch.upstream import PatchSource, Upstream, load_upstream, patch_id
@@ -320,6 +320,55 @@ def test_the_series_has_one_order(project: Project, name: str, message: str) -> 
     project.patch(name, HOOK)
     with pytest.raises(BuildError, match=message):
         project.apply()
+
+
+# ---- other releases
+
+
+def run_canary(project: Project) -> tuple[canary.CanaryReport, dict[str, bytes]]:
+    def read(name: str) -> bytes | None:
+        path = project.tree / name
+        return path.read_bytes() if path.is_file() else None
+
+    return canary.check_series(read, project.upstream, project.source)
+
+
+def test_the_canary_finds_hunks_that_have_moved_in_another_release(project: Project) -> None:
+    project.write("llama_cpp/__init__.py", '__version__ = "0.4.0"\n')
+    project.write("vendor/ggml/ggml.c", "".join(["new\n", *LINES]))
+    report, contents = run_canary(project)
+    assert report.ok and report.version == "0.4.0"
+    assert [hunk.moved for hunk in report.hunks] == [1, 2, 0]  # the first patch adds a line, too
+    assert b"line 11 with a hook\none more line\n" in contents["vendor/ggml/ggml.c"]
+    assert contents[f"{SPIKE}/spike.c"] == b"int spike;\n"
+
+
+def test_the_canary_names_the_hunk_that_fails_and_goes_on(project: Project) -> None:
+    project.write("vendor/ggml/ggml.c", "".join(LINES).replace("line 12\n", "changed\n"))
+    report, contents = run_canary(project)
+    assert [hunk.fits for hunk in report.hunks] == [False, True, True] and not report.ok
+    assert report.hunks[0].line_of_text() == (
+        "FAILS  0001-hook.patch: vendor/ggml/ggml.c, line 10: its lines are not there, or not once: "
+        "line 11 with a hook"
+    )
+    assert (
+        b"second hook" in contents["vendor/ggml/ggml.c"]
+        and b"with a hook" not in contents["vendor/ggml/ggml.c"]
+    )
+    (project.tree / "vendor/ggml/ggml.c").unlink()
+    report, _ = run_canary(project)
+    assert [hunk.reason for hunk in report.hunks] == ["there is no such file"] * 2 + [""]
+
+
+def test_the_canary_on_the_pin_and_on_what_is_no_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pinned = open_cache().sdists / load_upstream().sdist
+    assert canary.main([str(pinned)]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:2] == ["llama-cpp-python", f"{load_upstream().version}:"] and words[2] == words[4]
+    assert canary.main([str(tmp_path)]) != 0
+    assert "no source package" in capsys.readouterr().err
 
 
 def test_patch_id_depends_on_content_and_names_only(project: Project, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def show_conversion(out: Console, report: ConvertReport) -> None:
         f"{report.bits_per_weight:.2f} bits per weight; calibration: {report.calibration} "
         f"({report.seconds:.1f} s)",
     )
+    if report.uncalibrated:
+        line(out, f"not reached by the calibration: {_listed(report.uncalibrated)}")
 
 
 def show_perplexity(out: Console, result: PerplexityResult) -> None:
@@ -218,6 +220,12 @@ def _host(threads: int, host: HostFacts) -> str:
 
 def _megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB"
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

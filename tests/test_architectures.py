@@ -1,0 +1,228 @@
+"""Every architecture from a Hugging Face folder to spikes in llama-cpp-python: nothing permuted or skipped.
+
+A chain of comparisons: transformers = llama.cpp with the float weights (to rounding), float weights = what
+the spike model stores (to 4-bit rounding), every spike product = the NumPy reference (to the bit), and the
+spike model = its dequantized version in llama.cpp (to the rounding of activations).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from architectures import ARCHITECTURES, Architecture, write_checkpoint
+from converter_server import ConverterServer
+from gguf import GGMLQuantizationType as T
+from graph_spy import SpyModel
+
+from spikequant_gguf import codec
+from spikequant_gguf.converter import ConvertReport, checkpoint, convert
+from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
+from spikequant_gguf.dequantize import dequantize
+from spikequant_gguf.evaluation import Model
+from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes
+from spikequant_gguf.runtime import converter_script
+from spikequant_gguf.texts import Text
+
+pytestmark = pytest.mark.usefixtures("runtime")
+
+TOKENS = 48
+"""Longer than the windows of attention that some of the models have."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint and what became of it. ids: int32[TOKENS], a text for it."""
+
+    architecture: Architecture
+    model: Any
+    ids: np.ndarray
+    floats: Path
+    spikes: Path
+    report: ConvertReport
+
+
+@pytest.fixture(scope="module")
+def converter(runtime) -> Iterator[None]:
+    """Makes conversions of checkpoints fast."""
+    with ConverterServer(converter_script()) as server, pytest.MonkeyPatch.context() as patch:
+        names = SimpleNamespace(**vars(checkpoint.subprocess) | {"Popen": server.popen})
+        patch.setattr(checkpoint, "subprocess", names)
+        yield
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def made(request, converter, tiny_text, tmp_path_factory) -> Made:
+    return make(ARCHITECTURES[request.param], tmp_path_factory.mktemp("made"), tiny_text.read_bytes())
+
+
+def make(architecture: Architecture, folder: Path, text: bytes, **options: Any) -> Made:
+    model = write_checkpoint(architecture, folder / "checkpoint", **options)
+    floats = folder / "floats.gguf"
+    collect = calibration(CalibrationOptions(text=Text("tiny", text, ""), ctx=64, chunks=6, threads=1))
+
+    def calibrate(source: Any, planned: Any, progress: Any) -> Any:
+        shutil.copy(source.paths[0], floats)
+        return collect(source, planned, progress)
+
+    report = convert(folder / "checkpoint", folder / "spikes.gguf", calibrate=calibrate)
+    ids = np.random.default_rng(1).integers(5, 250, TOKENS).astype(np.int32)
+    return Made(architecture, model, ids, floats, report.path, report)
+
+
+class Embedder(Model):
+    """A model that gives states instead of logits."""
+
+    def _context_params(self) -> Any:
+        params = super()._context_params()
+        params.embeddings = True
+        params.pooling_type = self.api.LLAMA_POOLING_TYPE_NONE
+        return params
+
+    def states(self, ids: np.ndarray) -> np.ndarray:
+        """float32[tokens, n_embd]."""
+        self.decode(ids, 0, 0)
+        n_embd = self.api.llama_model_n_embd(self.handle)
+        return np.ctypeslib.as_array(
+            self.api.llama_get_embeddings(self.context), shape=(len(ids), n_embd)
+        ).copy()
+
+
+def outputs(made: Made, path: Path) -> np.ndarray:
+    """What llama.cpp makes of the text: float32[tokens, n_vocab] or, of embeddings, [tokens, n_embd]."""
+    if made.architecture.is_causal:
+        with Model(path, ctx_size=64, threads=1) as model:
+            return np.concatenate([block.copy() for block in model.logits(made.ids)])
+    with Embedder(path, ctx_size=64, threads=1) as model:
+        return model.states(made.ids)
+
+
+def outputs_of_transformers(made: Made) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        found = made.model(torch.from_numpy(made.ids[None].astype(np.int64)))
+    return (found.logits if made.architecture.is_causal else found.last_hidden_state)[0].numpy()
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference of two sets of logits over the norm of the expected ones."""
+    found = found - found.mean(axis=1, keepdims=True)
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# Bounds on difference(); unrelated logits differ by 1.4.
+_ROUNDING = 4e-3  # of the float model: 16-bit keys and values, tables of GELU
+_WEIGHTS = 0.75
+_ACTIVATIONS = 0.45
+
+
+def test_linear_layers_spike(made):
+    names = {tensor.name: tensor for tensor in made.report.plan.tensors}
+    assert made.report.plan.architecture == made.architecture.name
+    assert len(made.report.plan.spiking) == made.architecture.spiking
+    kept = [t.name for t in names.values() if len(t.shape) > 1 and not t.is_spiking]
+    assert not [
+        name for name in kept if not re.search(r"^(token_embd|output|position_embd|token_types)\.|_inp", name)
+    ]
+    assert not made.report.warnings
+
+
+def test_float_model_is_that_of_transformers(made):
+    assert difference(outputs(made, made.floats), outputs_of_transformers(made)) < _ROUNDING
+
+
+def test_every_spike_product_is_that_of_the_reference(made):
+    with SpyModel(made.spikes, ctx_size=64, threads=1) as model:
+        model.decode(made.ids, 0, TOKENS if made.architecture.is_causal else 0)
+        products = model.products
+    blocks = spike_blocks(made.spikes)
+    assert {product.weights for product in products} == set(blocks)
+    assert len(products) == len(blocks)
+    for product in products:
+        weights = blocks[product.weights]
+        if product.experts is None:
+            expected = codec.matmul(weights[0], codec.encode_activations(product.x))
+            np.testing.assert_array_equal(product.y, expected, err_msg=product.weights)
+            continue
+        used = product.y.shape[1]
+        x = np.broadcast_to(product.x, (len(product.x), used, product.x.shape[-1]))
+        for slot in range(used):
+            for expert in np.unique(product.experts[:, slot]):
+                rows = product.experts[:, slot] == expert
+                expected = codec.matmul(weights[expert], codec.encode_activations(x[rows, slot]))
+                np.testing.assert_array_equal(product.y[rows, slot], expected, err_msg=product.weights)
+
+
+def test_logits(made, tmp_path):
+    """The spike model computes what its stored weights say, and these are the float model's."""
+    floats, spikes = outputs(made, made.floats), outputs(made, made.spikes)
+    dequantize(made.spikes, tmp_path / "f16.gguf", "f16")
+    dequantized = outputs(made, tmp_path / "f16.gguf")
+    assert difference(dequantized, floats) < _WEIGHTS
+    assert difference(spikes, dequantized) < _ACTIVATIONS
+
+
+def test_weights_are_those_of_the_float_model(made, tmp_path):
+    """Without smoothing, which changes them on purpose."""
+    convert(made.floats, tmp_path / "plain.gguf")
+    floats = {tensor.name: tensor.data for tensor in gguf.GGUFReader(made.floats).tensors}
+    for name, matrices in spike_blocks(tmp_path / "plain.gguf").items():
+        for number, blocks in enumerate(matrices):
+            expected = floats[name].reshape(len(matrices), len(blocks), -1)[number]
+            error = np.linalg.norm(codec.decode_weights(blocks) - expected) / np.linalg.norm(expected)
+            assert error < 0.15, f"{name}: {error}"
+
+
+def test_calibration_reaches_all_but_experts(made):
+    experts = {tensor.name for tensor in made.report.plan.spiking if len(tensor.shape) > 2}
+    assert set(made.report.uncalibrated) <= experts
+    assert made.report.to_json()["uncalibrated"] == list(made.report.uncalibrated)
+
+
+def test_rows_that_do_not_fit_fall_back_with_a_word(converter, tiny_text, tmp_path):
+    """Hidden size 96: only the down projections, of 192 inputs, have whole blocks of 64."""
+    llama = ARCHITECTURES["Llama"]
+    made = make(
+        llama, tmp_path, tiny_text.read_bytes(), hidden_size=96, num_attention_heads=3, num_key_value_heads=3
+    )
+    assert [tensor.name for tensor in made.report.plan.spiking] == [
+        f"blk.{i}.ffn_down.weight" for i in (0, 1)
+    ]
+    (query,) = (t for t in made.report.plan.tensors if t.name == "blk.0.attn_q.weight")
+    assert query.target_type == T.Q4_0
+    assert query.reason == "rows of 96 weights are no multiple of SPK4's 64"
+    spikes = outputs(made, made.spikes)
+    assert difference(spikes, outputs(made, made.floats)) < _WEIGHTS + _ACTIVATIONS
+
+
+def test_a_wrong_permutation_is_noticed(converter, tiny_text, tmp_path):
+    """The bounds above are worth something: two heads of one query matrix that change places pass none."""
+    made = make(ARCHITECTURES["Qwen2"], tmp_path, tiny_text.read_bytes())
+    swapped = tmp_path / "swapped.gguf"
+    shutil.copy(made.floats, swapped)
+    (tensor,) = (t for t in gguf.GGUFReader(swapped, "r+").tensors if t.name == "blk.0.attn_q.weight")
+    heads = tensor.data.reshape(4, -1)
+    heads[[0, 1]] = heads[[1, 0]]
+    tensor.data.flush()
+    assert difference(outputs(made, swapped), outputs_of_transformers(made)) > 10 * _ROUNDING
+
+
+def spike_blocks(path: Path) -> dict[str, np.ndarray]:
+    """BLOCK_SPK4[matrices, rows, blocks] of each spiking tensor."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.tensor_type == TYPE_SPK4:
+            data = np.asarray(tensor.data)
+            blocks = blocks_from_bytes(data.reshape(-1, data.shape[-1]))
+            found[tensor.name] = blocks.reshape(-1, int(tensor.shape[1]), blocks.shape[-1])
+    return found
