@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,9 @@ from spikequant_gguf.errors import InputError, SpikeQuantError, UnsupportedError
 from spikequant_gguf.format import blocks_to_bytes
 from spikequant_gguf.validation import first_weight_fault
 
+from .fingerprint import fingerprint_of_recipe
 from .importance import Importance
+from .journal import Fingerprint
 from .plan import FLOATS, INTEGERS, ConversionPlan, TensorPlan
 from .progress import QUANTIZE, Progress
 from .provenance import Provenance, output_metadata
@@ -44,32 +45,44 @@ class Job:
         self.quantizer = self.recipe.quantizer or DirectQuantizer(self.backend, self.workers, self.importance)
 
     def write(
-        self, path: Path, provenance: Provenance, force: bool, progress: Progress
+        self, output: OutputFile, provenance: Provenance, known: Fingerprint | None, progress: Progress
     ) -> dict[str, TensorStatistics]:
-        """Writes the output file; returns the statistics of its SPK4 tensors. Errors as convert()."""
+        """Writes the output file; returns the statistics of its SPK4 tensors. Errors as convert().
+
+        known: the fingerprint of everything but recipe and contents; None to start over, without a journal.
+        """
         statistics = {tensor.name: TensorStatistics() for tensor in self.planned.spiking}
         raw = self.source.raw_metadata
+        placeholders = output_metadata(raw, provenance, statistics)  # of the final size already
         layout = Layout(
-            output_metadata(raw, provenance, statistics),  # of the final size already
+            placeholders,
             [OutputTensor(tensor.name, tensor.shape, tensor.target_type) for tensor in self.planned.tensors],
             self.source.alignment,
         )
-        done, total = 0, self.planned.source_bytes
-        with OutputFile(path, layout, force) as output:
-            for tensor in self.planned.tensors:
+        if known is not None:
+            known = {**known, **fingerprint_of_recipe(self.recipe, provenance, layout.header(placeholders))}
+        output.begin(layout, known, progress)
+        for record in output.records:
+            if record.name in statistics:
+                statistics[record.name] = TensorStatistics(**record.details)
+        done = sum(tensor.source_bytes for tensor in self.planned.tensors[: output.n_resumed])
+        total = self.planned.source_bytes
+        for tensor in self.planned.tensors[output.n_resumed :]:
 
-                def report(share: float, tensor: TensorPlan = tensor, done: int = done) -> None:
-                    progress(QUANTIZE, tensor.name, done + round(share * tensor.source_bytes), total)
+            def report(share: float, tensor: TensorPlan = tensor, done: int = done) -> None:
+                progress(QUANTIZE, tensor.name, done + round(share * tensor.source_bytes), total)
 
-                try:
-                    output.write_tensor(
-                        _reported(self._data(tensor, statistics), tensor.target_bytes, report)
-                    )
-                except SpikeQuantError as error:
-                    raise _named(error, tensor.name) from error
-                done += tensor.source_bytes
-            self.source.check_unchanged()
-            output.commit(output_metadata(raw, provenance, statistics), progress)
+            def details(name: str = tensor.name) -> dict[str, float]:
+                return asdict(statistics[name]) if name in statistics else {}
+
+            try:
+                data = _reported(self._data(tensor, statistics), tensor.target_bytes, report)
+                output.write_tensor(data, details)
+            except SpikeQuantError as error:
+                raise _named(error, tensor.name) from error
+            done += tensor.source_bytes
+        self.source.check_unchanged()
+        output.commit(output_metadata(raw, provenance, statistics), progress)
         return statistics
 
     def _data(

@@ -19,6 +19,7 @@ from spikequant_gguf.format import DEFAULT_SALIENCE, DEFAULT_SILENCE
 from spikequant_gguf.runtime import native
 
 from .checkpoint import Checkpoint, checkpoint_tensors, checkpoint_to_gguf, download, hub_id, open_checkpoint
+from .fingerprint import fingerprint_of_source
 from .importance import Importance, read_importance
 from .job import Job
 from .naming import default_name, fill_template
@@ -29,7 +30,7 @@ from .quantize import Backend, Workers
 from .recipe import Calibrate, Recipe, TensorStatistics
 from .source import Source, gguf_files, open_gguf
 from .workspace import workspace
-from .write import check_output, check_space
+from .write import OutputFile, check_space
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "plan"]
 
@@ -46,6 +47,7 @@ class ConvertOptions:
         pure: make embeddings and output SPK4, too.
         threads: number of threads; None for one per core. It does not change the result.
         force: replace an existing output file.
+        resume: go on with what the same conversion had written when it was stopped; False to start over.
     """
 
     salience: float = DEFAULT_SALIENCE
@@ -55,6 +57,7 @@ class ConvertOptions:
     pure: bool = False
     threads: int | None = None
     force: bool = False
+    resume: bool = True
 
     def command_options(self) -> list[str]:
         """Those options of the command line that the result depends on; of paths the last component."""
@@ -83,6 +86,7 @@ class ConvertReport:
         plan: what became of each tensor.
         statistics: of each SPK4 tensor, by name.
         warnings: sentences that the user should read.
+        resumed: number of tensors that a stopped conversion had written.
         seconds: time taken.
     """
 
@@ -94,6 +98,7 @@ class ConvertReport:
     plan: ConversionPlan
     statistics: dict[str, TensorStatistics]
     warnings: tuple[str, ...]
+    resumed: int
     seconds: float
 
     @property
@@ -127,6 +132,7 @@ class ConvertReport:
             },
             "uncalibrated": list(self.uncalibrated),
             "warnings": list(self.warnings),
+            "resumed": self.resumed,
             "seconds": self.seconds,
         }
 
@@ -160,7 +166,9 @@ def convert(
     Raises:
         InputError: the source is missing, damaged, SPK4 already, or holds numbers that are not finite.
         UnsupportedError: its architecture, or no tensor of it can become SPK4.
-        OutputError: the output exists, is the source, or cannot be written. No file is left behind then.
+        OutputError: the output exists, is the source, cannot be written, is being written by another
+            process, or was begun by another conversion. What the same conversion could go on with is left
+            beside it then, and after an interruption; nothing after other errors.
         RuntimeMissingError: the patched runtime is not there.
     """
     started = time.perf_counter()
@@ -170,18 +178,23 @@ def convert(
     importance = read_importance(options.importance) if options.importance is not None else None
     model = _find(source, progress)
     path = fill_template(Path(out)) if out is not None else None
-    if path is not None:
-        check_output(path, options.force, model.files.values())
 
     folder = path.parent if path is not None else Path()
-    with _open(model, folder, backend, progress) as opened, Workers(options.threads) as workers:
-        if path is None:
+    with ExitStack() as stack:
+        # the name is claimed before any work is done, and let go last
+        output = None if path is None else stack.enter_context(_output(path, options, model))
+        opened = stack.enter_context(_open(model, folder, backend, progress))
+        workers = stack.enter_context(Workers(options.threads))
+        if output is None:
             path = Path(default_name(opened.metadata, model.name))
-            check_output(path, options.force, model.files.values())
+            output = stack.enter_context(_output(path, options, model))
         planned = _plan(opened, options, importance)
-        check_space(folder, planned.target_bytes)
+        output.check_room(planned.target_bytes)
         digest = source_digest(model.files, progress)
         model.check_unchanged()
+        known = fingerprint_of_source(digest, backend, importance) if options.resume else None
+        if known is not None:
+            output.check_fingerprint(known)
         recipe = calibrate(opened, planned, progress) if calibrate is not None else Recipe()
         _check_recipe(recipe, planned, opened)
         provenance = Provenance(
@@ -195,7 +208,7 @@ def convert(
             importance=importance,
         )
         job = Job(opened, planned, recipe, importance, backend, workers)
-        statistics = job.write(path, provenance, options.force, progress)
+        statistics = job.write(output, provenance, known, progress)
     return ConvertReport(
         path=path,
         file_bytes=path.stat().st_size,
@@ -205,6 +218,7 @@ def convert(
         plan=planned,
         statistics=statistics,
         warnings=planned.warnings,
+        resumed=output.n_resumed,
         seconds=time.perf_counter() - started,
     )
 
@@ -266,6 +280,10 @@ def _find(source: str | os.PathLike[str], progress: Progress) -> _Model:
             f"{text}: {error.strerror or error}", "check the path and its permissions"
         ) from error
     return _Model(found.name, found.files, found)
+
+
+def _output(path: Path, options: ConvertOptions, model: _Model) -> OutputFile:
+    return OutputFile(path, options.force, model.files.values())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ __all__ = [
     "DOWNLOAD",
     "HASH",
     "QUANTIZE",
+    "RESUME",
     "STAGES",
     "VERIFY",
     "Progress",
@@ -23,12 +24,14 @@ CHECKPOINT = "checkpoint"
 HASH = "hash"
 """sha256 of the source; the item is a file name."""
 CALIBRATE = "calibrate"
+RESUME = "resume"
+"""Reading again what a stopped conversion had written; the item is a tensor name."""
 QUANTIZE = "quantize"
 """Reading, quantizing and writing; the item is a tensor name, bytes are those of the source."""
 VERIFY = "verify"
 """Reading the written file again; the item is a tensor name."""
 
-STAGES = (DOWNLOAD, CHECKPOINT, HASH, CALIBRATE, QUANTIZE, VERIFY)
+STAGES = (DOWNLOAD, CHECKPOINT, HASH, CALIBRATE, RESUME, QUANTIZE, VERIFY)
 """In the order in which they occur; those that a conversion does not need are left out."""
 
 

@@ -1,11 +1,12 @@
 """Writes a GGUF file that exists under its name only when it is complete.
 
-    out.gguf.partial    zeros where the header will be, then tensor after tensor
-                        header, fsync, everything read again and compared, fsync
-    out.gguf            by renaming; then the folder is synchronized, too
+    out.gguf.partial            zeros where the header will be, then tensor after tensor
+    out.gguf.partial.journal    what is complete of it: name, place and sha256 of each tensor
+                                header, fsync, everything read again and compared
+    out.gguf                    by renaming; then the folder is synchronized, and the journal removed
 
-A killed conversion leaves a partial file that no reader takes for a model; an error or Ctrl-C removes it.
-Place and sha256 of each tensor are recorded as it is written: what a journal for resuming would hold.
+A conversion that was killed, interrupted or refused by the system leaves a partial file that no reader takes
+for a model, and the same conversion goes on with it. Other errors remove it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ from spikequant_gguf.format import BLOCK_SPK4, SPK4_NOT_ROTATED, TYPE_SPK4
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.validation import first_weight_fault
 
+from .fingerprint import DIFFERENCES
+from .journal import Fingerprint, Journal, TensorRecord, write_all
 from .metadata import RawMetadata, encode_string
-from .progress import VERIFY, Progress, no_progress
+from .progress import RESUME, VERIFY, Progress, no_progress
 
 try:
     import fcntl
@@ -42,6 +45,7 @@ __all__ = ["Layout", "OutputFile", "OutputTensor", "TensorRecord", "check_output
 
 _MAGIC_AND_VERSION = b"GGUF" + (3).to_bytes(4, "little")
 _PARTIAL_SUFFIX = ".partial"
+_JOURNAL_SUFFIX = ".journal"
 _READ_BYTES = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -58,16 +62,6 @@ class OutputTensor:
     def n_bytes(self) -> int:
         block, size = GGML_QUANT_SIZES[self.type]
         return int(np.prod(self.shape, dtype=object)) // block * size
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What has been written of a tensor: its place from the start of the file, its size, its sha256."""
-
-    name: str
-    offset: int
-    n_bytes: int
-    sha256: str
 
 
 class Layout:
@@ -154,55 +148,121 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 
 class OutputFile:
-    """A GGUF file in the making. A context manager: leaving it before commit() removes the partial file.
+    """A GGUF file in the making. A context manager: it claims the name, and what is left at the end is either
+    the complete file, or a partial one that the same conversion can go on with, or nothing.
 
     Args:
         path: final name.
-        layout: what will be written.
         force: whether to replace a file of that name.
+        sources: files that must not be overwritten.
+
+    Attributes:
+        records: of the tensors that are written.
+        n_resumed: number of tensors that a stopped conversion had written.
 
     Raises:
-        OutputError: from every method, for any reason that the system gives.
+        OutputError: from every method, for any reason that the system gives; on entry also if another process
+            is writing this file.
     """
 
-    def __init__(self, path: Path, layout: Layout, force: bool = False) -> None:
+    def __init__(self, path: Path, force: bool = False, sources: Iterable[Path] = ()) -> None:
         self.path = path
-        self.layout = layout
         self.records: list[TensorRecord] = []
+        self.n_resumed = 0
         self._force = force
+        self._sources = tuple(sources)
         self._partial = _partial(path)
+        self._journal = Journal(self._partial.with_name(self._partial.name + _JOURNAL_SUFFIX))
+        self._layout: Layout | None = None
+        self._resumable = False
         self._file = -1
 
     def __enter__(self) -> OutputFile:
-        check_output(self.path, self._force)
-        check_space(self.path.parent, self.layout.file_bytes)
+        if not self._partial.exists():
+            self._journal.delete()  # of a writer that was killed when all was done
+        check_output(self.path, self._force, self._sources)
         try:
             self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             self._lock()
+            self._journal.read()
         except (OSError, SpikeQuantError) as error:
             self._close()
             raise self._error(error) from error
-        try:
-            os.ftruncate(self._file, 0)
-            self._append(bytes(self.layout.header_bytes))
-        except OSError as error:
-            self._discard()
-            raise self._error(error) from error
-        except BaseException:
-            self._discard()
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file >= 0:
+        if self._file < 0:
+            return
+        stopped = isinstance(error, (KeyboardInterrupt, OutputError))
+        untouched = self._layout is None and os.fstat(self._file).st_size > 0
+        if untouched or (stopped and self._resumable and self.records):
+            self._close()
+        else:
             self._discard()
 
-    def write_tensor(self, chunks: Iterable[bytes | NDArray[np.uint8]]) -> TensorRecord:
-        """Writes the data of the next tensor, given in pieces. Raises ValueError if their size is wrong."""
-        number = len(self.records)
-        tensor = self.layout.tensors[number]
+    def check_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Raises OutputError if a partial file is there that was begun otherwise. Parts of one will do."""
+        begun = self._journal.fingerprint
+        for part, value in fingerprint.items() if begun is not None and self._journal.records else ():
+            if begun.get(part) != value:
+                raise OutputError(
+                    f"{self._partial} was begun with {DIFFERENCES[part]}",
+                    "finish it with the source and the options of then, or give --no-resume to start over",
+                )
+
+    def check_room(self, n_bytes: int) -> None:
+        """Raises OutputError unless the disk has room for a file of n_bytes."""
+        check_space(self.path.parent, n_bytes - os.fstat(self._file).st_size)
+
+    def begin(
+        self, layout: Layout, fingerprint: Fingerprint | None = None, progress: Progress = no_progress
+    ) -> None:
+        """States what will be written. Afterwards `records` names the tensors that are there already.
+
+        Args:
+            layout: of the file.
+            fingerprint: of this conversion, whose partial file is gone on with, and kept if it is stopped;
+                None to start over and keep nothing.
+            progress: receives what is read again.
+
+        Raises:
+            OutputError: the partial file was begun otherwise, or there is no room.
+        """
+        if fingerprint is not None:
+            self.check_fingerprint(fingerprint)
+        self._layout = layout
+        try:
+            self.records = self._sound_records(progress) if fingerprint is not None else []
+            self.n_resumed = len(self.records)
+            end = self._start_of(self.n_resumed)
+            self.check_room(layout.file_bytes)
+            if fingerprint is None:
+                self._journal.delete()
+            elif self.records:
+                self._journal.go_on(len(self.records))
+            else:
+                self._journal.start(fingerprint)
+            self._resumable = fingerprint is not None
+            os.ftruncate(self._file, end)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            write_all(self._file, bytes(layout.header_bytes))
+            os.lseek(self._file, end, os.SEEK_SET)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def write_tensor(
+        self,
+        chunks: Iterable[bytes | NDArray[np.uint8]],
+        details: Callable[[], Mapping[str, float]] = dict,
+    ) -> TensorRecord:
+        """Writes the data of the next tensor, given in pieces. Raises ValueError if their size is wrong.
+
+        details: called after the last piece; the record keeps its result.
+        """
+        layout, number = self._begun(), len(self.records)
+        tensor = layout.tensors[number]
         digest, n_bytes = hashlib.sha256(), 0
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
@@ -211,8 +271,16 @@ class OutputFile:
             n_bytes += len(view)
         if n_bytes != tensor.n_bytes:
             raise ValueError(f"tensor '{tensor.name}' has {n_bytes} bytes of data, not {tensor.n_bytes}")
-        self._append(self.layout.padding(tensor))
-        record = TensorRecord(tensor.name, self.layout.offsets[number], n_bytes, digest.hexdigest())
+        self._append(layout.padding(tensor))
+        record = TensorRecord(
+            tensor.name, layout.offsets[number], n_bytes, digest.hexdigest(), dict(details())
+        )
+        if self._resumable:
+            try:
+                _sync_data(self._file)
+                self._journal.add(record)
+            except OSError as error:
+                raise self._error(error) from error
         self.records.append(record)
         return record
 
@@ -223,25 +291,55 @@ class OutputFile:
             ValueError: tensors are missing, or the metadata have not the size that the layout was made with.
             OutputError: the system refuses, or what is read back is not what was written.
         """
-        if len(self.records) != len(self.layout.tensors):
-            raise ValueError(f"{len(self.records)} of {len(self.layout.tensors)} tensors are written")
-        header = self.layout.header(metadata)
-        if len(header) != self.layout.header_bytes:
-            raise ValueError(
-                f"the header has {len(header)} bytes, and {self.layout.header_bytes} are reserved"
-            )
+        layout = self._begun()
+        if len(self.records) != len(layout.tensors):
+            raise ValueError(f"{len(self.records)} of {len(layout.tensors)} tensors are written")
+        header = layout.header(metadata)
+        if len(header) != layout.header_bytes:
+            raise ValueError(f"the header has {len(header)} bytes, and {layout.header_bytes} are reserved")
         try:
             os.lseek(self._file, 0, os.SEEK_SET)
             self._append(header)
             os.fsync(self._file)
-            self._forget_cached()
-            self._verify(header, progress)
+            try:
+                self._verify(header, progress)
+            except OutputError:
+                self._resumable = False  # what is damaged is not kept
+                raise
             check_output(self.path, self._force)  # another program may have made it meanwhile
             os.replace(self._partial, self.path)
         except OSError as error:
             raise self._error(error) from error
         self._close()
         _sync_folder(self.path.parent)
+        self._journal.delete()
+
+    # ---- going on
+
+    def _sound_records(self, progress: Progress) -> list[TensorRecord]:
+        """Those records of the journal whose tensors are in the partial file, up to the first that is not."""
+        layout, sound = self._begun(), []
+        known = self._journal.records[: len(layout.tensors)]
+        self._forget_cached()
+        done, total = 0, sum(record.n_bytes for record in known)
+        for tensor, offset, record in zip(layout.tensors, layout.offsets, known, strict=False):
+            place = (record.name, record.offset, record.n_bytes)
+            if place != (tensor.name, offset, tensor.n_bytes) or not self._tensor_is_intact(tensor, record):
+                break
+            sound.append(record)
+            done += record.n_bytes
+            progress(RESUME, record.name, done, total)
+        return sound
+
+    def _start_of(self, number: int) -> int:
+        """Where the data of a tensor start; after the last one the end of the file."""
+        layout = self._begun()
+        return layout.offsets[number] if number < len(layout.offsets) else layout.file_bytes
+
+    def _begun(self) -> Layout:
+        if self._layout is None:
+            raise ValueError("nothing can be written before begin()")
+        return self._layout
 
     # ---- reading back
 
@@ -250,8 +348,10 @@ class OutputFile:
             f"{self._partial}: what was read back is not what was written",
             "check the disk, then convert again",
         )
+        layout = self._begun()
+        self._forget_cached()
         if (
-            os.fstat(self._file).st_size != self.layout.file_bytes
+            os.fstat(self._file).st_size != layout.file_bytes
             or os.pread(self._file, len(header), 0) != header
         ):
             raise problem
@@ -263,7 +363,7 @@ class OutputFile:
         if places != tuple((record.name, record.offset, record.n_bytes) for record in self.records):
             raise problem
         done, total = 0, sum(record.n_bytes for record in self.records)
-        for tensor, record in zip(self.layout.tensors, self.records, strict=True):
+        for tensor, record in zip(layout.tensors, self.records, strict=True):
             if not self._tensor_is_intact(tensor, record):
                 raise problem
             done += record.n_bytes
@@ -297,13 +397,8 @@ class OutputFile:
     # ---- the file itself
 
     def _append(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
         try:
-            while rest:
-                written = os.write(self._file, rest)
-                if written == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                rest = rest[written:]
+            write_all(self._file, data)
         except OSError as error:
             raise self._error(error) from error
 
@@ -333,20 +428,29 @@ class OutputFile:
     def _error(self, error: Exception) -> SpikeQuantError:
         if isinstance(error, SpikeQuantError):
             return error
+        again = "run the same command again, which goes on where this one stopped"
+        kept = self._resumable and len(self.records) > 0
         if isinstance(error, OSError) and error.errno in _FULL:
             return OutputError(
                 f"cannot write {self.path}: the disk is full",
-                "free space on that disk, or write to another with -o",
+                f"free space on that disk and {again}"
+                if kept
+                else "free space on that disk, or write to another with -o",
             )
         reason = getattr(error, "strerror", None) or str(error)
-        return OutputError(f"cannot write {self.path}: {reason}", "check the folder and its permissions")
+        remedy = "check the folder and its permissions"
+        return OutputError(
+            f"cannot write {self.path}: {reason}", f"{remedy}, then {again}" if kept else remedy
+        )
 
     def _discard(self) -> None:
         with suppress(OSError):
             os.unlink(self._partial)  # while it is still locked
+        self._journal.delete()
         self._close()
 
     def _close(self) -> None:
+        self._journal.close()
         if self._file >= 0:
             with suppress(OSError):
                 os.close(self._file)
@@ -355,6 +459,11 @@ class OutputFile:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL_SUFFIX)
+
+
+def _sync_data(file: int) -> None:
+    """Waits until what was written is on disk."""
+    getattr(os, "fdatasync", os.fsync)(file)
 
 
 def _sync_folder(folder: Path) -> None:

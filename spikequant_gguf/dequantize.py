@@ -113,7 +113,8 @@ def dequantize(
     )
     progress.step("write", path.name)
     data = np.memmap(source, np.uint8, mode="r")
-    with OutputFile(path, layout, force) as output:
+    with OutputFile(path, force) as output:
+        output.begin(layout)
         for number, (tensor, kind) in enumerate(zip(header.tensors, targets, strict=True)):
             output.write_tensor(_converted(tensor, kind, data))
             progress.advance(number + 1, len(targets))

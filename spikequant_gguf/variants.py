@@ -173,7 +173,7 @@ class Variants:
         convert(
             origin,
             out,
-            ConvertOptions(importance=self.imatrix, threads=self._threads),
+            ConvertOptions(importance=self.imatrix, threads=self._threads, resume=False),
             ConverterProgress(self._progress),
             calibrate=calibration(CalibrationOptions(threads=self._threads)),
         )

@@ -437,15 +437,77 @@ def test_source_that_changes_meanwhile(model, tmp_path):
     refused(InputError, "changed while it was read", model, tmp_path, calibrate=calibrate)
 
 
-@pytest.mark.parametrize("stage", ["hash", "quantize", "verify"])
-def test_interruption(model, tmp_path, stage):
+@pytest.mark.parametrize(
+    "stage, resume, resumed",
+    [("hash", True, 0), ("quantize", True, 10), ("verify", True, 11), ("quantize", False, 0)],
+)
+def test_interruption(model, tmp_path, stage, resume, resumed):
     def interrupt(now, item, done, total):
         if now == stage and done == total:
             raise KeyboardInterrupt
 
+    options = ConvertOptions(resume=resume)
+    out = tmp_path / "out.gguf"
     with pytest.raises(KeyboardInterrupt):
-        convert(model, tmp_path / "out.gguf", progress=interrupt, backend=NUMPY)
-    assert [path.name for path in tmp_path.iterdir()] == [model.name]
+        convert(model, out, options, progress=interrupt, backend=NUMPY)
+    left = {f"{out.name}.partial", f"{out.name}.partial.journal"} if resumed else set()
+    assert {path.name for path in tmp_path.iterdir()} == {model.name} | left
+    stages = []
+    report = converted(model, out, options, progress=lambda stage, *_: stages.append(stage))
+    assert report.resumed == resumed and ("resume" in stages) == (resumed > 0)
+    assert out.read_bytes() == converted(model, tmp_path / "whole.gguf").path.read_bytes()
+    assert report.statistics == converted(model, tmp_path / "again.gguf").statistics
+    assert {path.name for path in tmp_path.iterdir()} == {model.name, out.name, "whole.gguf", "again.gguf"}
+
+
+def stop(source, out, options=None):
+    """Interrupts a conversion when half of it is written."""
+
+    def interrupt(stage, item, done, total):
+        if stage == "quantize" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, options, progress=interrupt, backend=NUMPY)
+
+
+def test_another_conversion_does_not_go_on(model, tmp_path, monkeypatch):
+    """Options and calibration: see test_faults.py."""
+    out = tmp_path / "out.gguf"
+    stop(model, out)
+
+    def refused_as(what, source=model, options=None, backend=NUMPY):
+        with pytest.raises(OutputError) as error:
+            convert(source, out, options, backend=backend, calibrate=pytest.fail)
+        assert error.value.message == f"{out}.partial was begun with {what}"
+        assert "--no-resume" in error.value.remedy
+
+    other = write_gguf(tmp_path / "other.gguf", llama_tensors(n_ff=192), T.F16)
+    refused_as("another source", other)
+    with monkeypatch.context() as patch:
+        patch.setattr("spikequant_gguf.__version__", "9.9.9")
+        refused_as("another version of spikequant-gguf")
+
+    class AnotherBuild(NumpyBackend):
+        patch_id = "another"
+
+    refused_as("another build of the runtime", backend=AnotherBuild())
+    imatrix = write_imatrix(tmp_path / "imatrix.gguf", {Q: (np.ones((1, 64)), np.ones(1))})
+    refused_as("another importance matrix", options=ConvertOptions(importance=imatrix))
+    assert converted(model, out).resumed > 0
+
+
+def test_two_conversions_to_one_file(model, tmp_path):
+    """The second one is refused at once, not when it has calibrated."""
+    out = tmp_path / "out.gguf"
+
+    def calibrate(*_):
+        with pytest.raises(OutputError, match="another process is writing") as error:
+            convert(model, out, backend=NUMPY, calibrate=pytest.fail)
+        assert error.value.remedy
+        return Recipe()
+
+    converted(model, out, calibrate=calibrate)
 
 
 def test_unknown_architecture_is_a_warning(tmp_path):

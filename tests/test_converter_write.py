@@ -50,11 +50,16 @@ DATA = [SPIKES.tobytes(), np.arange(7, dtype=np.float32).tobytes(), bytes(range(
 
 
 def write_file(
-    path: Path, force: bool = False, data: list[bytes] = DATA, metadata: dict = METADATA
+    path: Path,
+    force: bool = False,
+    data: list[bytes] = DATA,
+    metadata: dict = METADATA,
+    fingerprint: dict | None = None,
 ) -> Layout:
     layout = Layout(METADATA, TENSORS, 32)
-    with OutputFile(path, layout, force) as output:
-        for part in data:
+    with OutputFile(path, force) as output:
+        output.begin(layout, fingerprint)
+        for part in data[output.n_resumed :]:
             output.write_tensor([part[:50], part[50:]])
         output.commit(metadata)
     return layout
@@ -110,7 +115,8 @@ def test_metadata_are_carried_over_as_they_are(tmp_path):
     header = read_header(tmp_path / "all.gguf")
     raw = read_raw_metadata(tmp_path / "all.gguf", len(header.metadata))
     layout = Layout(raw, TENSORS[1:2], header.alignment)
-    with OutputFile(tmp_path / "copy.gguf", layout) as output:
+    with OutputFile(tmp_path / "copy.gguf") as output:
+        output.begin(layout)
         output.write_tensor([np.ones(7, np.float32).tobytes()])
         output.commit(raw)
     assert (tmp_path / "copy.gguf").read_bytes() == (tmp_path / "all.gguf").read_bytes()
@@ -120,7 +126,8 @@ def test_metadata_are_carried_over_as_they_are(tmp_path):
 def test_alignment(tmp_path, alignment):
     metadata = {**METADATA, b"general.alignment": encode_u32(alignment)}
     layout = Layout(metadata, TENSORS, alignment)
-    with OutputFile(tmp_path / "a.gguf", layout) as output:
+    with OutputFile(tmp_path / "a.gguf") as output:
+        output.begin(layout)
         for part in DATA:
             output.write_tensor([part])
         output.commit(metadata)
@@ -129,7 +136,8 @@ def test_alignment(tmp_path, alignment):
 
 
 def test_only_the_partial_file_exists_meanwhile(tmp_path):
-    with OutputFile(tmp_path / "out.gguf", Layout(METADATA, TENSORS, 32)) as output:
+    with OutputFile(tmp_path / "out.gguf") as output:
+        output.begin(Layout(METADATA, TENSORS, 32))
         for part in DATA:
             output.write_tensor([part])
             assert files(tmp_path) == ["out.gguf.partial"]
@@ -141,7 +149,8 @@ def test_only_the_partial_file_exists_meanwhile(tmp_path):
 
 def test_records_hold_what_a_journal_needs(tmp_path):
     layout = Layout(METADATA, TENSORS, 32)
-    with OutputFile(tmp_path / "out.gguf", layout) as output:
+    with OutputFile(tmp_path / "out.gguf") as output:
+        output.begin(layout)
         record = output.write_tensor([DATA[0]])
     assert record == output.records[0] and record.offset == layout.offsets[0]
     assert (record.n_bytes, record.sha256) == (len(DATA[0]), hashlib.sha256(DATA[0]).hexdigest())
@@ -163,7 +172,8 @@ def test_existing_file_needs_force(tmp_path):
 def test_file_that_appears_meanwhile_is_kept(tmp_path):
     path = tmp_path / "out.gguf"
     with pytest.raises(OutputError, match="exists already"):
-        with OutputFile(path, Layout(METADATA, TENSORS, 32)) as output:
+        with OutputFile(path) as output:
+            output.begin(Layout(METADATA, TENSORS, 32))
             for part in DATA:
                 output.write_tensor([part])
             path.write_bytes(b"precious")
@@ -216,7 +226,8 @@ def test_space_is_checked_first(tmp_path, monkeypatch):
 
 def test_two_writers(tmp_path):
     path = tmp_path / "out.gguf"
-    with OutputFile(path, Layout(METADATA, TENSORS, 32)) as output:
+    with OutputFile(path) as output:
+        output.begin(Layout(METADATA, TENSORS, 32))
         with pytest.raises(OutputError, match="another process is writing"):
             write_file(path)
         for part in DATA:

@@ -78,6 +78,12 @@ def convert(
     pure: Annotated[bool, typer.Option("--pure", help="Make embeddings and output SPK4, too.")] = False,
     threads: Threads = None,
     force: Force = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on with what a stopped conversion wrote, or start over."
+        ),
+    ] = True,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -104,6 +110,7 @@ def convert(
             pure=pure,
             threads=threads,
             force=force,
+            resume=resume,
         )
         settings = CalibrationOptions(
             text=None if calibration is None else read_text(calibration),

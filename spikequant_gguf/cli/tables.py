@@ -80,6 +80,8 @@ def show_conversion(out: Console, report: ConvertReport) -> None:
     salient = sum(each.salient_weights for each in report.statistics.values())
     for warning in report.warnings:
         line(out, f"warning: {warning}")
+    if report.resumed:
+        line(out, f"{report.resumed} of {len(report.plan.tensors)} tensors were there already")
     line(
         out,
         f"{report.path}: {len(spiking)} of {len(report.plan.tensors)} tensors are SPK4, "
