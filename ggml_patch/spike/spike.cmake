@@ -52,7 +52,13 @@ function(spike_add_cpu_backend target)
     spike_add_sources(${target}
         ${SPIKE_DIR}/cpu/spike-buffer.cpp
         ${SPIKE_DIR}/cpu/spike-counters.c
+        ${SPIKE_DIR}/cpu/spike-decode.cpp
+        ${SPIKE_DIR}/cpu/spike-encoding.cpp
         ${SPIKE_DIR}/cpu/spike-matmul.cpp
+        ${SPIKE_DIR}/cpu/spike-products.cpp
+        ${SPIKE_DIR}/cpu/spike-prompt.cpp
+        ${SPIKE_DIR}/cpu/spike-tiles.cpp
+        ${SPIKE_DIR}/cpu/spike-work.cpp
         # here rather than in ggml-base: this library is compiled for the machine's instruction set
         ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
         ${SPIKE_DIR}/quantizer/spike-moments.cpp)
