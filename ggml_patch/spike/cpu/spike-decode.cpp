@@ -15,7 +15,7 @@ struct decode_scratch {
     size_t     size;
 
     // what offsets belong to
-    int64_t job    = -1;
+    int64_t job    = -1, token = -1;
     size_t  stride = 0;
 
     decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
@@ -96,23 +96,24 @@ void integrate_single_token(const spike_layout & layout, const spike_tile_lines 
     }
 }
 
-void compute_single_token(const product & product, int64_t j, int64_t tile0, int64_t n_tiles, const spike_layout & layout, const char * trains,
+void compute_single_token(const product & product, int64_t j, int64_t t, int64_t tile0, int64_t n_tiles, const spike_layout & layout, const char * trains,
                           size_t train_size, decode_scratch & s) {
     const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
-    const token     tok    = product.get_token(j, 0);
+    const token     tok    = product.get_token(j, t);
     const spike_train * train = (const spike_train *) (trains + (size_t) tok.column*train_size);
-    if (s.job != j) {
+    if (s.job != j || s.token != t) {
         s.job    = j;
+        s.token  = t;
         s.stride = 0;
     }
     integrate_single_token(layout, spike_lines_of_tile(&layout, packed, tile0), n_tiles, train, s);
-    for (int64_t t = 0; t < n_tiles; t++) {
-        int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
-        const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
+    for (int64_t i = 0; i < n_tiles; i++) {
+        int32_t *       potential = s.potential + i*SPIKE_CLASSES*SPIKE_TILE_ROWS;
+        const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + i, 0, 0);
         for (int k = 0; k < SPIKE_CLASSES; k++) {
             add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
         }
-        read_out(1, &train, &tok.output, layout, packed, tile0 + t, potential);
+        read_out(1, &train, &tok.output, layout, packed, tile0 + i, potential);
     }
 }
 
@@ -138,8 +139,8 @@ void compute_single_tokens(const ggml_compute_params * params, const product & p
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks);
     const int64_t group = tiles_per_group(layout.n_tiles, params->nth);
-    for_each_unit(params, product, 1, (layout.n_tiles + group - 1)/group, [&](int64_t j, int64_t g, int64_t, int64_t) {
-        compute_single_token(product, j, g*group, std::min(group, layout.n_tiles - g*group), layout, work + w.trains, w.train_size, scratch);
+    for_each_unit(params, product, 1, (layout.n_tiles + group - 1)/group, [&](int64_t j, int64_t g, int64_t t, int64_t) {
+        compute_single_token(product, j, t, g*group, std::min(group, layout.n_tiles - g*group), layout, work + w.trains, w.train_size, scratch);
     });
 }
 

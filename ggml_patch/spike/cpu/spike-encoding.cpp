@@ -2,6 +2,7 @@
 
 #include "spike-cpu.h"
 #include "spike-layout.h"
+#include "spike-schedule.h"
 #include "spike-train.h"
 
 #include "ggml-impl.h"
@@ -80,7 +81,7 @@ bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
 bool encodes_alike(const ggml_tensor * a, const ggml_tensor * b) {
     const spike_encoder_params p = encoder_params_of(a->src[0], is_rotated(a->src[0]));
     const spike_encoder_params q = encoder_params_of(b->src[0], is_rotated(b->src[0]));
-    return a->op == b->op && a->src[1] == b->src[1] && form_of(a->src[0]) == form_of(b->src[0]) && chunks_of(a) == chunks_of(b)
+    return a->op == b->op && a->src[1] == b->src[1] && form_of(a->src[0]) == form_of(b->src[0]) && serves_few_tokens(a) == serves_few_tokens(b)
         && p.salience == q.salience && p.silence == q.silence && p.zero_point == q.zero_point && p.rotated == q.rotated;
 }
 
@@ -113,17 +114,21 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
     const int64_t n_inputs = src1->ne[0], n_columns = ggml_nrows(src1);
     const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
     const bool    tiles      = form_of(op->src[0]) == weight_form::tiles;
+    const bool    few        = serves_few_tokens(op);
     float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
 
     for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
         const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
         const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
         block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
-        spike_train * train  = (spike_train *) (work + w.trains + (size_t) c*w.train_size);
-        int8_t *      values = nullptr;
-        if (tiles) {
-            train->n_chunks = (int32_t) w.n_chunks;
-            values = spike_train_values_to_fill(train, n_inputs);
+        void *   train  = work + w.trains + (size_t) c*w.train_size;
+        int8_t * values = nullptr;
+        if (tiles && few) {
+            ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;
+            values = spike_train_values_to_fill((spike_train *) train, n_inputs);
+        } else if (tiles) {
+            ((spike_schedule *) train)->n_chunks = (int32_t) w.n_chunks;
+            values = spike_schedule_values_to_fill((spike_schedule *) train, n_inputs);
         }
         if (src1->type == GGML_TYPE_SPKA) {
             memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
@@ -133,8 +138,10 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
         } else {
             spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
         }
-        if (tiles) {
-            spike_train_build(blocks, n_inputs, train);
+        if (tiles && few) {
+            spike_train_build(blocks, n_inputs, (spike_train *) train);
+        } else if (tiles) {
+            spike_schedule_build(blocks, n_inputs, (spike_schedule *) train);
         }
     }
 }

@@ -70,8 +70,13 @@ token routed_product::get_token(int64_t expert, int64_t t) const {
     return { r.row*src1->ne[1] + r.slot % src1->ne[1], (float *) ((char *) dst->data + r.slot*dst->nb[1] + r.row*dst->nb[2]) };
 }
 
-bool serves_single_tokens(const ggml_tensor * op) {
-    return (op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1]) == 1;
+bool serves_few_tokens(const ggml_tensor * op) {
+    constexpr int64_t MANY = 4;
+    if (op->op == GGML_OP_MUL_MAT_ID) {
+        const ggml_tensor * ids = op->src[2];
+        return ids->ne[0]*ids->ne[1] < MANY*op->src[0]->ne[2];
+    }
+    return op->src[1]->ne[1] < MANY;
 }
 
 } // namespace spike

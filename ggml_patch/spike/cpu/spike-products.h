@@ -85,8 +85,8 @@ class routed_product final : public product {
     route *             routes;
 };
 
-// Whether every token meets its own weights, or all of them alone: generation of text. The weights come from memory then.
-bool serves_single_tokens(const ggml_tensor * op);
+// Whether so few tokens (1 to 3, on average) meet a matrix that its weights are best read where they lie, token by token.
+bool serves_few_tokens(const ggml_tensor * op);
 
 // Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows.
 // compute_unit(job, row block, first token, number of tokens)

@@ -7,13 +7,14 @@
 
 namespace spike {
 
-constexpr int64_t DECODE_CHUNK_BLOCKS = 4; // a strip's lines of two such chunks (1/2 MB) stay in the second-level cache
+constexpr int64_t DECODE_CHUNK_BLOCKS = 4;  // a strip's lines of two such chunks (1/2 MB) stay in the second-level cache
+constexpr int64_t PROMPT_CHUNK_BLOCKS = 24; // two tiles' lines and their complements (3/8 MB) stay in the second-level cache
 
 // Many tokens per matrix (spike-prompt.cpp).
-size_t prompt_scratch_size(int64_t n_inputs, int64_t n_chunks);
+size_t prompt_scratch_size(int64_t n_inputs);
 void   compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
 
-// Every token alone with its weights (spike-decode.cpp).
+// Few tokens per matrix, one after the other (spike-decode.cpp).
 size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks);
 void   compute_single_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
 

@@ -8,11 +8,11 @@ namespace spike {
 constexpr size_t OTHERS_WORK = 2048; // bytes per thread at the start, for operations between products that share an input
 
 struct work_layout {
-    size_t  blocks, trains, scratch, table; // offsets
+    size_t  blocks, trains, scratch, table; // offsets; trains are spike_schedules where many tokens are served
     size_t  scratch_per_thread;
     size_t  size;
-    int64_t n_chunks;   // of a spike train
-    size_t  train_size; // bytes from one spike train to the next
+    int64_t n_chunks;   // of a train
+    size_t  train_size; // bytes from one train to the next
 };
 
 work_layout layout_work(const ggml_tensor * op, int n_threads);
