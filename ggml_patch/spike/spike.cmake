@@ -34,16 +34,22 @@ function(spike_add_kernels target)
         ${SPIKE_DIR}/cpu/spike-kernels.c
         ${SPIKE_DIR}/cpu/spike-layout.c
         ${SPIKE_DIR}/cpu/spike-plain.c
+        ${SPIKE_DIR}/cpu/spike-plain-prompt.c
         ${SPIKE_DIR}/cpu/spike-potentials.c
+        ${SPIKE_DIR}/cpu/spike-schedule.c
         ${SPIKE_DIR}/cpu/spike-train.c)
     # kernels for one instruction set each, whatever the rest is compiled for; chosen at run time
     if (NOT MSVC AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-        spike_add_sources(${target} ${SPIKE_DIR}/cpu/arch/x86/spike-avx2.c ${SPIKE_DIR}/cpu/arch/x86/spike-avx512.c)
-        set_property(SOURCE ${SPIKE_DIR}/cpu/arch/x86/spike-avx2.c APPEND PROPERTY COMPILE_OPTIONS -mavx2)
-        set_property(SOURCE ${SPIKE_DIR}/cpu/arch/x86/spike-avx512.c APPEND PROPERTY COMPILE_OPTIONS
-            -mavx2 -mavx512f -mavx512bw -mavx512vl -mavx512vbmi)
+        foreach(part "" "-prompt")
+            set(avx2 ${SPIKE_DIR}/cpu/arch/x86/spike-avx2${part}.c)
+            set(avx512 ${SPIKE_DIR}/cpu/arch/x86/spike-avx512${part}.c)
+            spike_add_sources(${target} ${avx2} ${avx512})
+            set_property(SOURCE ${avx2} APPEND PROPERTY COMPILE_OPTIONS -mavx2 -mpopcnt)
+            set_property(SOURCE ${avx512} APPEND PROPERTY COMPILE_OPTIONS
+                -mavx2 -mpopcnt -mavx512f -mavx512bw -mavx512vl -mavx512vbmi -mavx512vbmi2)
+        endforeach()
     elseif (NOT MSVC AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
-        spike_add_sources(${target} ${SPIKE_DIR}/cpu/arch/arm/spike-neon.c)
+        spike_add_sources(${target} ${SPIKE_DIR}/cpu/arch/arm/spike-neon.c ${SPIKE_DIR}/cpu/arch/arm/spike-neon-prompt.c)
     endif()
 endfunction()
 
@@ -52,7 +58,13 @@ function(spike_add_cpu_backend target)
     spike_add_sources(${target}
         ${SPIKE_DIR}/cpu/spike-buffer.cpp
         ${SPIKE_DIR}/cpu/spike-counters.c
+        ${SPIKE_DIR}/cpu/spike-decode.cpp
+        ${SPIKE_DIR}/cpu/spike-encoding.cpp
         ${SPIKE_DIR}/cpu/spike-matmul.cpp
+        ${SPIKE_DIR}/cpu/spike-products.cpp
+        ${SPIKE_DIR}/cpu/spike-prompt.cpp
+        ${SPIKE_DIR}/cpu/spike-tiles.cpp
+        ${SPIKE_DIR}/cpu/spike-work.cpp
         # here rather than in ggml-base: this library is compiled for the machine's instruction set
         ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
         ${SPIKE_DIR}/quantizer/spike-moments.cpp)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "spike-layout.h"
+#include "spike-prompt-kernels.h"
 #include "spike-train.h"
 
 #ifdef __cplusplus
@@ -21,13 +22,12 @@ typedef struct {
     // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
 
-    // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
-    int64_t tokens_for_lines;
-
     // integrate, and for every place in the program's lists (see spike_program_places) a prefetch into the second-level
     // cache: of the line ahead + ahead_offsets[place], which a later program needs. NULL: there is only integrate.
     void (*integrate_ahead)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                             int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead, const uint32_t * ahead_offsets);
+
+    const spike_prompt_kernels * prompt; // for many tokens
 } spike_kernels;
 
 extern const spike_kernels spike_kernels_plain_c;

@@ -163,4 +163,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_avx2 = { "avx2", integrate, add_salient, 16, integrate_ahead };
+const spike_kernels spike_kernels_avx2 = { "avx2", integrate, add_salient, integrate_ahead, &spike_prompt_kernels_avx2 };

@@ -130,4 +130,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, INT64_MAX, integrate_ahead };
+const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, integrate_ahead, &spike_prompt_kernels_avx512 };

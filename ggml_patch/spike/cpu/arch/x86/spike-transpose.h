@@ -1,0 +1,62 @@
+// Transposition of 8 x 8 values of 16 bits, for token lines (SSE2, which every x86-64 has).
+#pragma once
+
+#include "spike/cpu/spike-prompt-kernels.h"
+
+#include <immintrin.h>
+
+static inline __attribute__((always_inline)) void transpose8(__m128i x[8]) {
+    __m128i pairs[8], fours[8];
+    for (int i = 0; i < 4; i++) { // rows 2*i and 2*i + 1
+        pairs[i]     = _mm_unpacklo_epi16(x[2*i], x[2*i + 1]); // columns 0-3
+        pairs[4 + i] = _mm_unpackhi_epi16(x[2*i], x[2*i + 1]); // columns 4-7
+    }
+    for (int h = 0; h < 2; h++) {
+        for (int i = 0; i < 2; i++) { // rows 4*i .. 4*i + 3
+            fours[4*h + i]     = _mm_unpacklo_epi32(pairs[4*h + 2*i], pairs[4*h + 2*i + 1]); // columns 4*h, 4*h + 1
+            fours[4*h + 2 + i] = _mm_unpackhi_epi32(pairs[4*h + 2*i], pairs[4*h + 2*i + 1]); // columns 4*h + 2, 4*h + 3
+        }
+    }
+    for (int c = 0; c < 4; c++) {
+        x[2*c]     = _mm_unpacklo_epi64(fours[2*c], fours[2*c + 1]);
+        x[2*c + 1] = _mm_unpackhi_epi64(fours[2*c], fours[2*c + 1]);
+    }
+}
+
+static inline __attribute__((always_inline)) __m128i widen8(const int8_t * values) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *) values);
+    return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+}
+
+static void transpose_values(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines) {
+    for (int64_t i = 0; i < n; i += 8) {
+        __m128i x[8];
+        for (int t = 0; t < 8; t++) {
+            x[t] = _mm_setzero_si128();
+            if (fine[t]) {
+                x[t] = _mm_add_epi16(widen8(fine[t] + i), _mm_sll_epi16(widen8(coarse[t] + i), _mm_cvtsi32_si128(shift[t])));
+            }
+        }
+        transpose8(x);
+        for (int k = 0; k < 8; k++) {
+            _mm_storeu_si128((__m128i *) (lines + k*SPIKE_TOKEN_LINE), x[k]);
+        }
+        lines += 8*SPIKE_TOKEN_LINE;
+    }
+}
+
+// Sums of eight rows, 64 tokens each, times 16 to the tokens' potentials.
+static inline __attribute__((always_inline)) void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_t stride, int32_t * potential) {
+    for (int t = 0; t < SPIKE_TOKEN_LINE; t += 8) {
+        __m128i x[8];
+        for (int r = 0; r < 8; r++) {
+            x[r] = _mm_loadu_si128((const __m128i *) (sums[r] + t));
+        }
+        transpose8(x);
+        for (int k = 0; k < 8; k++) {
+            __m256i * p = (__m256i *) potential;
+            _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), _mm256_slli_epi32(_mm256_cvtepi16_epi32(x[k]), 4)));
+            potential += stride;
+        }
+    }
+}

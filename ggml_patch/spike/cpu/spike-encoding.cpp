@@ -1,0 +1,154 @@
+#include "spike-encoding.h"
+
+#include "spike-cpu.h"
+#include "spike-layout.h"
+#include "spike-schedule.h"
+#include "spike-train.h"
+
+#include "ggml-impl.h"
+
+#include <cstring>
+
+namespace spike {
+namespace {
+
+// ---- encoder settings
+
+// A tensor's own salience and silence thresholds, which the model loader leaves in its op_params; 0 means the default.
+spike_encoder_params encoder_params_of(const ggml_tensor * weights, bool rotated) {
+    const ggml_tensor * owner = weights;
+    while (owner->view_src) {
+        owner = owner->view_src;
+    }
+    spike_encoder_params params = spike_encoder_defaults();
+    if (owner->op == GGML_OP_NONE) {
+        float salience, silence;
+        memcpy(&salience, &owner->op_params[0], sizeof(float));
+        memcpy(&silence,  &owner->op_params[1], sizeof(float));
+        params.salience = salience > 0.0f ? salience : params.salience;
+        params.silence  = silence  > 0.0f ? silence  : params.silence;
+    }
+    params.rotated = rotated;
+    return params;
+}
+
+// Whether the inputs are to be rotated: as the first block of the weights says.
+bool is_rotated(const ggml_tensor * weights) {
+    uint16_t header;
+    if (form_of(weights) == weight_form::tiles) {
+        const spike_layout layout = spike_layout_of(weights->ne[0], weights->ne[1]);
+        header = spike_headers(&layout, (const uint8_t *) weights->data)[0];
+    } else {
+        header = ((const block_spk4 *) weights->data)->header;
+    }
+    return !(header & SPK4_NOT_ROTATED);
+}
+
+// ---- sharing: products of the same input follow each other (query, key and value; gate and up)
+
+// Where the calling thread is in the graph that it computes; graph is null outside of one.
+struct graph_position {
+    const ggml_cgraph * graph = nullptr;
+    int                 node  = 0;
+};
+thread_local graph_position position;
+
+// Whether an operation writes nothing but its output, and no more than its share of OTHERS_WORK.
+bool leaves_work_alone(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_MUL:
+            return op->src[0]->type == GGML_TYPE_F32;
+        case GGML_OP_GLU:
+        case GGML_OP_UNARY:
+        case GGML_OP_SCALE:
+        case GGML_OP_CONT:
+        case GGML_OP_RMS_NORM:
+            return true;
+        case GGML_OP_ROPE: // a row and a cache line for each thread
+            return (size_t) op->ne[0]*sizeof(float) + 64 <= OTHERS_WORK;
+        default:
+            return false;
+    }
+}
+
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a0 = (const char *) a->data;
+    const char * b0 = (const char *) b->data;
+    return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+bool encodes_alike(const ggml_tensor * a, const ggml_tensor * b) {
+    const spike_encoder_params p = encoder_params_of(a->src[0], is_rotated(a->src[0]));
+    const spike_encoder_params q = encoder_params_of(b->src[0], is_rotated(b->src[0]));
+    return a->op == b->op && a->src[1] == b->src[1] && form_of(a->src[0]) == form_of(b->src[0]) && serves_few_tokens(a) == serves_few_tokens(b)
+        && p.salience == q.salience && p.silence == q.silence && p.zero_point == q.zero_point && p.rotated == q.rotated;
+}
+
+} // namespace
+
+bool is_encoded(const ggml_tensor * op) {
+    if (!position.graph || position.graph->nodes[position.node] != op) {
+        return false;
+    }
+    for (int n = position.node - 1; n >= 0; n--) {
+        const ggml_tensor * before = position.graph->nodes[n];
+        if (ggml_op_is_empty(before->op)) {
+            continue;
+        }
+        if (!(before->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(before) || overlap(before, op->src[1])) {
+            return false;
+        }
+        if (computes(before)) {
+            return encodes_alike(before, op);
+        }
+        if (!leaves_work_alone(before)) {
+            return false;
+        }
+    }
+    return false;
+}
+
+void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
+    const ggml_tensor * src1 = op->src[1];
+    const int64_t n_inputs = src1->ne[0], n_columns = ggml_nrows(src1);
+    const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
+    const bool    tiles      = form_of(op->src[0]) == weight_form::tiles;
+    const bool    few        = serves_few_tokens(op);
+    float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
+
+    for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
+        const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
+        const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
+        block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
+        void *   train  = work + w.trains + (size_t) c*w.train_size;
+        int8_t * values = nullptr;
+        if (tiles && few) {
+            ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;
+            values = spike_train_values_to_fill((spike_train *) train, n_inputs);
+        } else if (tiles) {
+            ((spike_schedule *) train)->n_chunks = (int32_t) w.n_chunks;
+            values = spike_schedule_values_to_fill((spike_schedule *) train, n_inputs);
+        }
+        if (src1->type == GGML_TYPE_SPKA) {
+            memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+            for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
+                spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+            }
+        } else {
+            spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
+        }
+        if (tiles && few) {
+            spike_train_build(blocks, n_inputs, (spike_train *) train);
+        } else if (tiles) {
+            spike_schedule_build(blocks, n_inputs, (spike_schedule *) train);
+        }
+    }
+}
+
+} // namespace spike
+
+void spike_enter_node(const ggml_cgraph * graph, int node) {
+    spike::position.graph = graph;
+    spike::position.node  = node;
+}

@@ -1,0 +1,55 @@
+// Kernels for many tokens, see spike-schedule.h: additions only. The plain C ones define the result.
+#pragma once
+
+#include "spike-schedule.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPIKE_TOKEN_LINE 64 // tokens whose values for one input lie side by side
+#define SPIKE_MAX_WIDTH  2  // tiles whose lines lie side by side
+
+// Bytes of the lines that lie side by side, as a power of two.
+static inline int spike_line_shift(int64_t width) {
+    return SPIKE_LINE_SHIFT + (width == 2);
+}
+
+typedef struct {
+    // Tiles that it is fastest to integrate together.
+    int64_t width;
+
+    // Copies the lines of n inputs and `width` neighbouring tiles of a strip, the complement of each behind it, and a line
+    // of zeros: to[line][tile][64].
+    void (*copy_lines)(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to);
+
+    // Runs a program over such lines: potential[tile][row] += sum over spikes of (code - 8) * signed magnitude.
+    void (*integrate_schedule)(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t * potential);
+
+    // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
+    int64_t tokens_for_lines;
+
+    // Merged values, fine + coarse * 2^shift, of eight tokens into lines: lines[i][0..7], SPIKE_TOKEN_LINE values apart.
+    // NULL for fine: a token without values. n is a multiple of 64.
+    void (*transpose_values)(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines);
+
+    // Salient weights of a tile for a line of tokens: they reach 16 codes further, up or down, so that their inputs enter the
+    // potential 16 times more. potential[token*stride + row] += 16 * sum over extended weights of +-value.
+    // salients: [block][slot][row]; values: [input][token]; sums fit 16 bits.
+    void (*add_salient_lines)(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride,
+                              int32_t * potential);
+
+    // The lines of all inputs with this magnitude, in order. Returns how many; up to SPIKE_SCHEDULE_SLACK more places of
+    // the list are overwritten. n is a multiple of 64.
+    uint32_t (*gather)(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list);
+} spike_prompt_kernels;
+
+extern const spike_prompt_kernels spike_prompt_kernels_plain_c;
+extern const spike_prompt_kernels spike_prompt_kernels_avx2;
+extern const spike_prompt_kernels spike_prompt_kernels_avx512;
+extern const spike_prompt_kernels spike_prompt_kernels_neon;
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,48 @@
+// Products of repacked weights, tile by tile: what prompts and single tokens have in common.
+#pragma once
+
+#include "spike-kernels.h"
+#include "spike-products.h"
+#include "spike-work.h"
+
+namespace spike {
+
+constexpr int64_t DECODE_CHUNK_BLOCKS = 4;  // a strip's lines of two such chunks (1/2 MB) stay in the second-level cache
+constexpr int64_t PROMPT_CHUNK_BLOCKS = 24; // two tiles' lines and their complements (3/8 MB) stay in the second-level cache
+
+// Many tokens per matrix (spike-prompt.cpp).
+size_t prompt_scratch_size(int64_t n_inputs);
+void   compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
+
+// Few tokens per matrix, one after the other (spike-decode.cpp).
+size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks);
+void   compute_single_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
+
+// Takes arrays one after the other out of a thread's scratch; from nullptr it finds the size.
+class scratch_arrays {
+  public:
+    explicit scratch_arrays(char * memory) : start(memory), next(memory) {}
+
+    template <typename T> void take(T *& array, int64_t n) {
+        array = (T *) next;
+        next += aligned((size_t) n*sizeof(T));
+    }
+
+    size_t size() const { return (size_t) (next - start); }
+
+  private:
+    char * start;
+    char * next;
+};
+
+// Adds the share of a tile's salient weights to the potentials of one class.
+void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, int spike_class, const spike_train * train, int32_t * potential);
+
+// Offsets of the lines that fire where the lines of several tiles are interleaved.
+void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled);
+
+// Potentials [token][class][row] of a tile to outputs. Kernels count every code from 8; the row's own zero-point makes up for the difference.
+void read_out(int64_t n_tokens, const spike_train * const * trains, float * const * outputs, const spike_layout & layout,
+              const uint8_t * packed, int64_t tile, const int32_t * potential);
+
+} // namespace spike

@@ -1,0 +1,33 @@
+#include "spike-work.h"
+
+#include "spike-schedule.h"
+#include "spike-tiles.h"
+
+#include <algorithm>
+
+namespace spike {
+
+static_assert(PROMPT_CHUNK_BLOCKS <= SPIKE_SCHEDULE_CHUNK_BLOCKS, "see SPIKE_SCHEDULE_MAX_COUNTED");
+
+int64_t chunks_of(const ggml_tensor * op) {
+    return spike_chunks(op->src[0]->ne[0], serves_few_tokens(op) ? DECODE_CHUNK_BLOCKS : PROMPT_CHUNK_BLOCKS);
+}
+
+work_layout layout_work(const ggml_tensor * op, int n_threads) {
+    const int64_t n_inputs  = op->src[0]->ne[0];
+    const int64_t n_columns = ggml_nrows(op->src[1]);
+    work_layout w;
+    w.n_chunks   = chunks_of(op);
+    w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
+    w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
+    w.trains  = w.blocks + aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+    w.table   = w.trains + (size_t) n_columns*w.train_size;
+    w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
+    const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
+    const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks) : prompt_scratch_size(n_inputs);
+    w.scratch_per_thread = aligned(std::max(for_encoder, for_tiles));
+    w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
+    return w;
+}
+
+} // namespace spike
