@@ -1,4 +1,4 @@
-"""`spikequant sweep`: its document, plots and tables, points that are not measured twice, and what it shows."""
+"""`spikequant sweep`: its document, plots and tables, what is not measured twice, and what it shows."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def named(result: SweepResult, study: str) -> dict[str, object]:
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", "from spikequant_gguf.cli import main; main()", "sweep", *map(str, arguments)]
+    words = [sys.executable, "-c", "from spikequant_gguf.cli import main; main()", "sweep"]
+    words += map(str, arguments)
     return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -99,7 +100,7 @@ def test_document_plots_and_tables(tiny_model_f32, tiny_text, tmp_path):
     table = command(*arguments, "-t", 1)
     assert table.returncode == 0, table.stderr
     assert "quantize" not in table.stderr
-    for text in ("One part left out, W4A4", "no salient weights", "Atom, 128 channels", "KLD and × PPL", "W2A2"):
+    for text in ("One part left out, W4A4", "no salient weights", "Atom, 128 channels", "× PPL", "W2A2"):
         assert text in table.stdout
     assert str(tmp_path) not in table.stdout
 
@@ -152,11 +153,11 @@ def test_finished_points_are_not_measured_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Workbench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, what=["bits"], quick=True)
-    assert len(list(tmp_path.glob("float-logits-*.npy"))) == 1
+    assert sorted(path.name for path in tmp_path.glob("scratch-*/*")) == ["logits.npy", "moments.npy"]
     monkeypatch.setattr(Workbench, "measure", lambda *given: measured.append(given[2]) or measure(*given))
     bits = run(tmp_path, what=["bits"], quick=True)
     assert measured == [f"bits: W{bits}A{bits} ({n + 1} of 4)" for n, bits in enumerate((2, 3, 4, 5))]
-    assert not list(tmp_path.glob("float-logits-*"))
+    assert not list(tmp_path.glob("scratch-*"))
 
     # Another study joins them; the method that both have is measured once.
     both = run(tmp_path, what="baselines", quick=True)
@@ -192,8 +193,8 @@ def test_every_study_has_its_points(everything):
     assert [(point.study, point.name) for point in everything.points] == [
         (point.study, point.name) for point in plan_points()
     ]
-    full = {("bits", "W4A4"), ("salience", "c = 2.3"), ("ablations", "all parts"), ("baselines", "SpikeQuant")}
-    assert len({point.kld for point in everything.points if (point.study, point.name) in full}) == 1
+    full = ("W4A4", "c = 2.3", "all parts", "SpikeQuant")
+    assert len({point.kld for point in everything.points if point.name in full}) == 1
     for point in everything.points:
         assert point.kld > 0 and math.isfinite(point.ppl)
         assert point.settings["weight_bits"] == point.weight_bits
