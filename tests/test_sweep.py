@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import vocabulary
 
 from spikequant_gguf import sweep as sweep_package
 from spikequant_gguf.converter import convert
@@ -128,6 +129,37 @@ def test_a_spike_model_is_no_source(tiny_model_f32, tmp_path):
     convert(tiny_model_f32, spike_file)
     with pytest.raises(UnsupportedError, match="is a spike model, and a sweep starts from floats"):
         sweep(spike_file, folder=tmp_path)
+
+
+def test_a_checkpoint_is_converted_first(tiny_model_f32, tiny_text, tmp_path):
+    import transformers
+
+    folder = tmp_path / "Tiny-Checkpoint"
+    place = {"gguf_file": tiny_model_f32.name, "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_f32.parent, **place)
+    model.hf_quantizer = None  # it would not save what it has dequantized
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    out = tmp_path / "out"
+    process = command(folder, "-f", tiny_text, "--quick", "--what", "bits", "-c", CTX, "-o", out, "--json")
+    assert process.returncode == 0, process.stderr
+    document = json.loads(process.stdout)
+    assert document["reference"]["name"] == folder.name
+    assert [point["name"] for point in document["points"]] == ["W2A2", "W3A3", "W4A4", "W5A5"]
+    assert not list(out.glob("*.gguf")) and not list(out.glob(".spikequant*"))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tiny model's vocabulary as a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2 as pieces
+
+    model = pieces.ModelProto()
+    for piece, score, kind in vocabulary():
+        model.pieces.add(piece=piece, score=score, type=int(kind))
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
 def test_without_torch_one_sentence(tiny_model_f32, tiny_text, tmp_path, monkeypatch):

@@ -94,8 +94,7 @@ def sweep(
 ) -> None:
     """Study bit widths, salience, ablations and published methods in torch, against the float model.
 
-    Needs torch, transformers and matplotlib. SmolLM2-135M takes about 25 minutes on two cores, with --quick a
-    few; an interrupted sweep goes on where it was.
+    Needs torch, transformers and matplotlib. An interrupted sweep goes on where it was.
     """
     with command(json_output, quiet, verbose) as console:
         from ..console import to_json_text
