@@ -188,7 +188,7 @@ class DivergenceSums:
         logits: NDArray[np.float32],
         targets: NDArray[np.int32],
     ) -> None:
-        """Takes in logits of the reference and the model, float32[rows, n_vocab], and the reference's losses."""
+        """Takes in logits of the reference and the model, float32[rows, n_vocab]."""
         values, same = token_divergences(expected, logits)
         losses = token_losses(logits, targets)
         self.losses.add(losses)

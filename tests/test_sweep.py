@@ -1,4 +1,4 @@
-"""`spikequant sweep`: its document, plots and tables, points that are not measured twice, and what it shows."""
+"""`spikequant sweep`: its document, plots and tables, what is not measured twice, and what it shows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import vocabulary
 
 from spikequant_gguf import sweep as sweep_package
 from spikequant_gguf.converter import convert
@@ -62,7 +63,8 @@ def named(result: SweepResult, study: str) -> dict[str, object]:
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", "from spikequant_gguf.cli import main; main()", "sweep", *map(str, arguments)]
+    words = [sys.executable, "-c", "from spikequant_gguf.cli import main; main()", "sweep"]
+    words += map(str, arguments)
     return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -99,7 +101,7 @@ def test_document_plots_and_tables(tiny_model_f32, tiny_text, tmp_path):
     table = command(*arguments, "-t", 1)
     assert table.returncode == 0, table.stderr
     assert "quantize" not in table.stderr
-    for text in ("One part left out, W4A4", "no salient weights", "Atom, 128 channels", "KLD and × PPL", "W2A2"):
+    for text in ("One part left out, W4A4", "no salient weights", "Atom, 128 channels", "× PPL", "W2A2"):
         assert text in table.stdout
     assert str(tmp_path) not in table.stdout
 
@@ -129,6 +131,37 @@ def test_a_spike_model_is_no_source(tiny_model_f32, tmp_path):
         sweep(spike_file, folder=tmp_path)
 
 
+def test_a_checkpoint_is_converted_first(tiny_model_f32, tiny_text, tmp_path):
+    import transformers
+
+    folder = tmp_path / "Tiny-Checkpoint"
+    place = {"gguf_file": tiny_model_f32.name, "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_f32.parent, **place)
+    model.hf_quantizer = None  # it would not save what it has dequantized
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    out = tmp_path / "out"
+    process = command(folder, "-f", tiny_text, "--quick", "--what", "bits", "-c", CTX, "-o", out, "--json")
+    assert process.returncode == 0, process.stderr
+    document = json.loads(process.stdout)
+    assert document["reference"]["name"] == folder.name
+    assert [point["name"] for point in document["points"]] == ["W2A2", "W3A3", "W4A4", "W5A5"]
+    assert not list(out.glob("*.gguf")) and not list(out.glob(".spikequant*"))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tiny model's vocabulary as a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2 as pieces
+
+    model = pieces.ModelProto()
+    for piece, score, kind in vocabulary():
+        model.pieces.add(piece=piece, score=score, type=int(kind))
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
 def test_without_torch_one_sentence(tiny_model_f32, tiny_text, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "transformers" else object())
     with pytest.raises(SpikeQuantError, match="this needs the Python package transformers") as error:
@@ -152,11 +185,11 @@ def test_finished_points_are_not_measured_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Workbench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, what=["bits"], quick=True)
-    assert len(list(tmp_path.glob("float-logits-*.npy"))) == 1
+    assert sorted(path.name for path in tmp_path.glob("scratch-*/*")) == ["logits.npy", "moments.npy"]
     monkeypatch.setattr(Workbench, "measure", lambda *given: measured.append(given[2]) or measure(*given))
     bits = run(tmp_path, what=["bits"], quick=True)
     assert measured == [f"bits: W{bits}A{bits} ({n + 1} of 4)" for n, bits in enumerate((2, 3, 4, 5))]
-    assert not list(tmp_path.glob("float-logits-*"))
+    assert not list(tmp_path.glob("scratch-*"))
 
     # Another study joins them; the method that both have is measured once.
     both = run(tmp_path, what="baselines", quick=True)
@@ -192,8 +225,8 @@ def test_every_study_has_its_points(everything):
     assert [(point.study, point.name) for point in everything.points] == [
         (point.study, point.name) for point in plan_points()
     ]
-    full = {("bits", "W4A4"), ("salience", "c = 2.3"), ("ablations", "all parts"), ("baselines", "SpikeQuant")}
-    assert len({point.kld for point in everything.points if (point.study, point.name) in full}) == 1
+    full = ("W4A4", "c = 2.3", "all parts", "SpikeQuant")
+    assert len({point.kld for point in everything.points if point.name in full}) == 1
     for point in everything.points:
         assert point.kld > 0 and math.isfinite(point.ppl)
         assert point.settings["weight_bits"] == point.weight_bits

@@ -47,13 +47,14 @@ def write_tiny_model(
     dtype: type[np.floating] = np.float32,
     chat_template: str | None = None,
     extra_pieces: int = 0,
+    architecture: str = "llama",
 ) -> Path:
-    """A GGUF of architecture llama. dtype: of the matrices. extra_pieces: makes the vocabulary larger."""
+    """A GGUF of architecture llama or qwen2. dtype: of matrices. extra_pieces: a larger vocabulary."""
     rng = np.random.default_rng(seed)
     pieces = vocabulary()
     pieces += [(f"extra{number}", -1e4, TokenType.NORMAL) for number in range(extra_pieces)]
     head = n_embd // n_head
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny")
     writer.add_file_type(LlamaFileType.ALL_F32 if dtype == np.float32 else LlamaFileType.MOSTLY_F16)
     writer.add_block_count(n_layer)
@@ -93,6 +94,10 @@ def write_tiny_model(
         matrix(f"{block}.attn_q", n_embd, n_embd)
         matrix(f"{block}.attn_k", head * n_head_kv, n_embd)
         matrix(f"{block}.attn_v", head * n_head_kv, n_embd)
+        if architecture == "qwen2":
+            for part, size in (("q", n_embd), ("k", head * n_head_kv), ("v", head * n_head_kv)):
+                bias = 0.3 * rng.standard_normal(size)
+                writer.add_tensor(f"{block}.attn_{part}.bias", bias.astype(np.float32))
         matrix(f"{block}.attn_output", n_embd, n_embd)
         norm(f"{block}.ffn_norm")
         matrix(f"{block}.ffn_gate", n_ff, n_embd)

@@ -42,7 +42,9 @@ def sweep(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="GGUF file, checkpoint folder, or owner/name on Hugging Face.", show_default=False
+            metavar="SRC",
+            help="GGUF file, checkpoint folder, or owner/name on Hugging Face.",
+            show_default=False,
         ),
     ],
     file: TextFile = None,
@@ -56,7 +58,7 @@ def sweep(
     ] = None,
     what: Annotated[
         str,
-        typer.Option("--what", help="Studies, separated by commas: bits, salience, ablations, baselines, all."),
+        typer.Option("--what", help="Studies by commas: bits, salience, ablations, baselines; or all."),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points on fewer chunks: minutes.")] = False,
     chunks: Annotated[
@@ -75,7 +77,9 @@ def sweep(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder for the document, plots and finished points, which are not measured again."
+            "--out",
+            "-o",
+            help="Folder for document, plots and finished points; those are not measured again.",
         ),
     ] = Path("sweep"),
     coding: Annotated[
@@ -88,10 +92,9 @@ def sweep(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Simulate other bit widths, salience, ablations and published methods, and compare them with the float model.
+    """Study bit widths, salience, ablations and published methods in torch, against the float model.
 
-    Needs torch, transformers and matplotlib. SmolLM2-135M takes about 25 minutes on two cores, with --quick a
-    few; an interrupted sweep goes on where it was.
+    Needs torch, transformers and matplotlib. An interrupted sweep goes on where it was.
     """
     with command(json_output, quiet, verbose) as console:
         from ..console import to_json_text

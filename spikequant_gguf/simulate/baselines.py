@@ -61,7 +61,7 @@ def round_to_nearest(
 def atom(
     weights: torch.Tensor, moments: torch.Tensor, bias: torch.Tensor | None, share: float
 ) -> RoundedLinear:
-    """Atom (Zhao et al., arXiv:2310.19102): outlier channels in 8 bits, the others in groups of 128 in 4 bits.
+    """Atom (Zhao et al., arXiv:2310.19102): outlier channels in 8 bits, others in groups of 128 in 4.
 
     The channels of largest mean square are the outliers; the others keep their order and form groups, each
     with a symmetric step of its own, clipped at 0.85 (weights) or 0.9 (inputs) of the largest magnitude. The
@@ -123,7 +123,7 @@ def spike_llm(
     step = ((highest - lowest) / 15).clamp_min(1e-20)
     zero_point = (-lowest / step).round()
     rounded = compensated_rounding(
-        weights, moments, step.expand_as(weights), (-zero_point).expand_as(weights), (15 - zero_point).expand_as(weights)
+        weights, moments, *(each.expand_as(weights) for each in (step, -zero_point, 15 - zero_point))
     )
     return RoundedLinear(rounded, quantizer, bias, count / n)
 
@@ -132,7 +132,7 @@ BASELINES = {"round to nearest": round_to_nearest, "Atom": atom, "SpikeLLM": spi
 
 
 def _min_max(x: torch.Tensor, levels: int) -> torch.Tensor:
-    """Each row of float32[rows, n] on equal levels between its smallest and its largest value, one of them 0."""
+    """Each row of float32[rows, n] on equal levels between its extremes, one of them 0."""
     lowest, highest = x.amin(dim=-1, keepdim=True).clamp_max(0.0), x.amax(dim=-1, keepdim=True).clamp_min(0.0)
     step = ((highest - lowest) / (levels - 1)).clamp_min(1e-20)
     zero_point = (-lowest / step).round()

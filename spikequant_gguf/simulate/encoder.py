@@ -192,9 +192,7 @@ class SpikeEncoder:
         self.counts = SpikeCounts()
 
 
-def _step(
-    magnitude: torch.Tensor, top: torch.Tensor, settings: SpikeSettings, half: float
-) -> torch.Tensor:
+def _step(magnitude: torch.Tensor, top: torch.Tensor, settings: SpikeSettings, half: float) -> torch.Tensor:
     """The step of each group before its lower bounds; magnitude: float32[groups, n], top: its maxima."""
     n = magnitude.shape[1]
     if settings.salience is not None:

@@ -71,7 +71,11 @@ class SpikeLinear(nn.Module):
     """
 
     def __init__(
-        self, weights: SpikeWeights, encoder: SpikeEncoder, bias: torch.Tensor | None = None, exact: bool = False
+        self,
+        weights: SpikeWeights,
+        encoder: SpikeEncoder,
+        bias: torch.Tensor | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         if weights.rotated != encoder.settings.rotated:

@@ -157,7 +157,9 @@ def load_model(path: str | Path, *, exact: bool = True) -> TorchModel:
     model = TorchModel(path)
     tensors = [tensor for tensor in model.header.tensors if tensor.type_id == TYPE_SPK4]
     if not tensors:
-        raise InputError(f"{path}: the file has no SPK4 tensors", "give a model that `spikequant convert` wrote")
+        raise InputError(
+            f"{path}: the file has no SPK4 tensors", "give a model that `spikequant convert` wrote"
+        )
     unknown = [tensor.name for tensor in tensors if tensor.name not in model.layers]
     if unknown:
         raise UnsupportedError(

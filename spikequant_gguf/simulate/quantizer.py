@@ -1,7 +1,7 @@
 """Weights to integer codes of any bit width: GPTQ in the basis that is stored.
 
-A study tool beside converter/calibrated.py: the same steps for other widths, groups and bases, vectorised over
-rows. GPTQ: Frantar et al., arXiv:2210.17323; the descent that follows is the converter's.
+A study tool beside converter/calibrated.py: the same steps for other widths, groups and bases, vectorised
+over rows. GPTQ: Frantar et al., arXiv:2210.17323; the descent that follows is the converter's.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class SpikeSettings:
 
 
 def check_groups(n_in: int, group: int | None, rotated: bool) -> None:
-    """Raises InputError unless n_in inputs are a whole number of groups, and of blocks if they are rotated."""
+    """Raises InputError unless n_in inputs are whole groups, and whole blocks if they are rotated."""
     for size, what in ((QK_SPK if rotated else 1, "rotated blocks"), (group or n_in, "groups")):
         if n_in == 0 or n_in % size:
             raise InputError(f"{n_in} inputs are no whole number of {what} of {size}", "choose another size")

@@ -32,7 +32,9 @@ def draw(result: SweepResult, folder: Path) -> tuple[str, ...]:
         plot(figure, points)
         text = f"{result.text.name}, {result.chunks} chunks of {result.ctx} tokens"
         figure.suptitle(f"{result.reference['name']}: {_TITLES[study]}", fontsize=11)
-        figure.supxlabel(f"{text}; calibrated on {result.calibration.name}; {result.created[:10]}", fontsize=8)
+        figure.supxlabel(
+            f"{text}; calibrated on {result.calibration.name}; {result.created[:10]}", fontsize=8
+        )
         for kind in _FORMATS:
             path = folder / f"sweep-{study}.{kind}"
             # Names of elements drawn by chance would make every file another one.
@@ -79,9 +81,7 @@ def _ablations(figure: Figure, points: Sequence[SweepPoint]) -> None:
     for place, point in enumerate(reversed(points)):
         first = point is points[0]
         axes.barh(place, point.kld, xerr=point.kld_stderr, color="C0" if first else "C7", capsize=3)
-        axes.annotate(
-            f" {point.kld:.3f}", (point.kld + point.kld_stderr, place), va="center", fontsize=8
-        )
+        axes.annotate(f" {point.kld:.3f}", (point.kld + point.kld_stderr, place), va="center", fontsize=8)
     axes.set_yticks(range(len(points)), [point.name for point in reversed(points)])
     axes.margins(x=0.12)
     axes.set_xlabel("KL divergence, nats per token")

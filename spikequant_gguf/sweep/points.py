@@ -39,7 +39,10 @@ class Method:
 
     def to_json(self) -> dict[str, Any]:
         """All choices, flat."""
-        return {**asdict(self.settings), **{key: value for key, value in vars(self).items() if key != "settings"}}
+        return {
+            **asdict(self.settings),
+            **{key: value for key, value in vars(self).items() if key != "settings"},
+        }
 
     def weights_key(self) -> tuple:
         """Methods with the same key have the same weights."""

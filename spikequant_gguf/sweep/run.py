@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -141,7 +143,7 @@ def sweep(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Measures methods on a model in torch; perplexity and divergence are those of llama-perplexity's protocol.
+    """Measures methods on a model in torch; texts are cut and scored as llama-perplexity does.
 
     Args:
         source: GGUF file of floats or a stock type, folder of a checkpoint, or its id on Hugging Face. In
@@ -208,8 +210,7 @@ def sweep(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         notes=tuple(notes),
         points=tuple(
-            _measured(point, journal)
-            for point in sorted(shown, key=lambda point: STUDIES.index(point.study))
+            _measured(point, journal) for point in sorted(shown, key=lambda point: STUDIES.index(point.study))
         ),
         host=host_facts(),
     )
@@ -229,7 +230,7 @@ class _LazyBench:
         progress: Progress,
     ) -> None:
         self._stack, self._arguments = stack, (path, plan, parts)
-        self._logits = folder / f"float-logits-{short_hash(json.dumps(identity))[:12]}.npy"
+        self._scratch = folder / f"scratch-{short_hash(json.dumps(identity))[:12]}"
         self._progress = progress
         self._bench: Any = None
 
@@ -243,13 +244,13 @@ class _LazyBench:
 
     def clean(self) -> None:
         """Removes what only an unfinished sweep needs."""
-        self._logits.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _open(self) -> Any:
         if self._bench is None:
             workbench = importlib.import_module(".workbench", __package__)  # imports torch
             self._bench = self._stack.enter_context(
-                workbench.Workbench(*self._arguments, self._logits, self._progress)
+                workbench.Workbench(*self._arguments, make_folder(self._scratch), self._progress)
             )
         return self._bench
 
@@ -346,9 +347,7 @@ def _notes(header: Any) -> list[str]:
     types = quantized_tensor_types(header)
     if types:
         grid = ", ".join(types)
-        notes.append(
-            f"The source is {grid}: its weights lie on that grid, which flatters unrotated formats with groups."
-        )
+        notes.append(f"The source is {grid}: weights on that grid flatter unrotated formats with groups.")
     return notes
 
 
@@ -382,5 +381,6 @@ def _code_digest() -> str:
     package = Path(__file__).parents[1]
     digest = hashlib.sha256(__version__.encode())
     for file in sorted([*(package / "simulate").glob("*.py"), Path(__file__).with_name("workbench.py")]):
-        digest.update(file.read_bytes())
+        # of what is computed, not of how it is written
+        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()[:16]

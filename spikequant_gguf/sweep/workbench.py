@@ -82,7 +82,7 @@ class Workbench:
         path: GGUF file of the model.
         chunks: to evaluate.
         calibration: int32[tokens] each, to collect moments on; read when a method first needs them.
-        logits_file: where float logits are kept.
+        scratch: folder where float logits and moments are kept, for a sweep that goes on later.
         progress: told of what takes long.
 
     Attributes:
@@ -95,7 +95,7 @@ class Workbench:
         path: Path,
         chunks: Sequence[Chunk],
         calibration: Sequence[NDArray[np.int32]],
-        logits_file: Path,
+        scratch: Path,
         progress: Progress,
     ) -> None:
         self._progress, self._chunks, self._calibration = progress, list(chunks), list(calibration)
@@ -118,13 +118,15 @@ class Workbench:
                 )
             if len(self._names) < len(planned.spiking):
                 self.notes.append(
-                    f"{len(planned.spiking) - len(self._names)} of {len(planned.spiking)} matrices stay in float32"
+                    f"{len(planned.spiking) - len(self._names)} of {len(planned.spiking)} matrices stay "
+                    "in float32"
                 )
             self._sites = find_sites(
                 self._source.architecture, self._source.metadata, list(self._source.tensors), self._names
             )
-            self.float_logits = FloatLogits(logits_file, self._chunks, self._scored, progress)
+            self.float_logits = FloatLogits(scratch / "logits.npy", self._chunks, self._scored, progress)
             self._stack = stack.pop_all()
+        self._moments_file = scratch / "moments.npy"
         self._moments: dict[str, torch.Tensor] | None = None
         self._factors: dict[Site, NDArray[np.float32]] | None = None
         self._weights: tuple[tuple, dict[str, Any]] | None = None
@@ -145,7 +147,9 @@ class Workbench:
         """Accuracy and spikes of a method: the measured fields of a SweepPoint."""
         started = time.perf_counter()
         transforms = fold(self._scaling() if method.smoothing else {})
-        changed = {name: self._transformed(name, transforms) for name in transforms if name not in self._names}
+        changed = {
+            name: self._transformed(name, transforms) for name in transforms if name not in self._names
+        }
         try:
             self._model.change({name: value for name, value in changed.items() if value is not None})
             layers = self._layers(method, transforms, title)
@@ -248,18 +252,22 @@ class Workbench:
 
     def _all_moments(self) -> dict[str, torch.Tensor]:
         if self._moments is None:
-            self._progress.step("calibrate", f"{len(self._calibration)} chunks")
             names = [site.readers[0] for site in self._sites]
-            self._moments = collect_moments(self._model, names, self._calibration, self._progress.advance)
+            if not self._moments_file.is_file():
+                self._progress.step("calibrate", f"{len(self._calibration)} chunks")
+                found = collect_moments(self._model, names, self._calibration, self._progress.advance)
+                with atomic_path(self._moments_file) as partial, partial.open("wb") as file:
+                    for name in names:
+                        np.lib.format.write_array(file, found[name].numpy())
+            with self._moments_file.open("rb") as file:
+                self._moments = {name: torch.from_numpy(np.lib.format.read_array(file)) for name in names}
         return self._moments
 
     def _scaling(self) -> dict[Site, NDArray[np.float32]]:
         if self._factors is None:
             moments = self._all_moments()
             found = {
-                site: scaling_factors(
-                    site, moments[site.readers[0]].diagonal().numpy().copy(), self._source
-                )
+                site: scaling_factors(site, moments[site.readers[0]].diagonal().numpy().copy(), self._source)
                 for site in self._sites
             }
             self._factors = {site: factors for site, factors in found.items() if factors is not None}
