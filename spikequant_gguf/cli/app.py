@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..console import remember_command
-from . import energy, evaluate, files, setup
+from . import energy, evaluate, files, report, setup
 
 __all__ = ["app", "main"]
 
@@ -40,7 +40,7 @@ def _common(
     pass
 
 
-for _module in (setup, files, evaluate, energy):
+for _module in (setup, files, evaluate, energy, report):
     _module.add_commands(app)
 
 
