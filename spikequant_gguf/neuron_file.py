@@ -22,7 +22,8 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>
-body {{ margin: 0 auto; max-width: 900px; padding: 16px; font: 16px/1.5 system-ui, sans-serif; color: #1f2933; }}
+body {{ margin: 0 auto; max-width: 900px; padding: 16px; color: #1f2933; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
 svg {{ display: block; width: 100%; height: auto; }}
 p {{ overflow-wrap: anywhere; color: #5b6672; font-size: .85rem; margin: 4px 0; }}

@@ -36,8 +36,9 @@ def show_neuron(out: Console, trace: NeuronTrace) -> None:
     _show_membrane(out, trace)
     line(
         out,
-        f"V = {trace.potential_fine[-1]} + {trace.potential_coarse[-1]}·2^{trace.shift} = {trace.potential[-1]}; "
-        f"θ = {trace.threshold:.6g}, s = {trace.step:.6g}; an output of 1 fires at V = {trace.firing_threshold:.4g}",
+        f"V = {trace.potential_fine[-1]} + {trace.potential_coarse[-1]}·2^{trace.shift} = "
+        f"{trace.potential[-1]}; θ = {trace.threshold:.6g}, s = {trace.step:.6g}; an output of 1 fires at "
+        f"V = {trace.firing_threshold:.4g}",
     )
     line(
         out,

@@ -14,12 +14,26 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 except ModuleNotFoundError as _error:
     raise UnsupportedError(
         "pictures need matplotlib, which is not installed", "pip install 'spikequant-gguf[report]'"
     ) from _error
 
-__all__ = ["COLOURS", "MINUS", "PLUS", "Axes", "Canvas", "Picture", "colour", "plain", "render"]
+__all__ = [
+    "COLOURS",
+    "MINUS",
+    "PLUS",
+    "Axes",
+    "Canvas",
+    "FuncFormatter",
+    "LogLocator",
+    "NullFormatter",
+    "Picture",
+    "colour",
+    "plain",
+    "render",
+]
 
 WIDTH = 4.4  # inches: as wide as a phone, so that letters need no magnifying glass there
 _INK, _GREY, _GRID = "#1f2933", "#6b7785", "#e4e8ec"

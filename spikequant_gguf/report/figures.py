@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .documents import Document
-from .drawing import Axes, Canvas, Picture, colour, plain, render
+from .drawing import (
+    Axes,
+    Canvas,
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    Picture,
+    colour,
+    plain,
+    render,
+)
 
 __all__ = [
     "SYSTEM_NAMES",
@@ -24,15 +34,21 @@ __all__ = [
 
 SYSTEM_NAMES = {
     "spk4": "SPK4",
-    "fp16_mac": "FP16 MAC",
-    "f16": "FP16, FP16 weights",
+    "fp16_mac": "FP16 MAC, 4-bit",
+    "f16": "FP16 MAC, 16-bit",
     "q4_0": "Q4_0",
     "q4_k_m": "Q4_K_M",
     "w4a4": "W4A4, groups",
     "rate": "rate coding",
     "spikellm": "SpikeLLM-style",
 }
-_KLD_METHOD = "KL divergence of next-token predictions from the reference, llama-perplexity's definition, ± standard error"
+_KLD_METHOD = (
+    "KL divergence of next-token predictions from the reference, llama-perplexity's definition, "
+    "± standard error"
+)
+
+
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
 
 
 def accuracy_of_types(document: Document) -> Picture | None:
@@ -121,7 +137,7 @@ def _sweep_bits(points: list[dict], origin: Any) -> Picture:
                 color=colour("spk4" if place == 0 else series, place),
                 label=series,
             )
-        axes.set_yscale("log")
+        _logarithmic(axes.yaxis, [point["kld"] for point in points])
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain(axes, "bits of weights and activations", "KL divergence (log)")
         axes.legend()
@@ -146,7 +162,7 @@ def _sweep_salience(points: list[dict], origin: Any) -> Picture:
                 color=colour("spk4" if place == 0 else "q4_0", place),
                 label=series,
             )
-        axes.set_yscale("log")
+        _logarithmic(axes.yaxis, [point["kld"] for point in known])
         plain(axes, "salient activations, %", "KL divergence (log)")
         axes.legend()
 
@@ -168,7 +184,7 @@ def _sweep_bars(study: str, title: str, points: list[dict], origin: Any) -> Pict
         )
         axes.axvline(first, color=colour("spk4"), linewidth=0.8, linestyle=":")
         if max(point["kld"] for point in points) > 20 * min(point["kld"] for point in points):
-            axes.set_xscale("log")
+            _logarithmic(axes.xaxis, [point["kld"] for point in points])
             axes.set_xlabel("KL divergence (log)")
         else:
             axes.set_xlabel("KL divergence")
@@ -252,13 +268,15 @@ def end_to_end(document: Document) -> Picture | None:
 
     settings = document.data.get("settings", {})
     method = (
-        f"tokens per second relative to Q4_0, median of {settings.get('rounds', '?')} rounds in turns with it; prompt "
-        f"of {settings.get('n_prompt', '?')}, decode of {settings.get('n_gen', '?')} tokens; {threads} threads; "
-        "arbitrary tokens"
+        f"tokens per second relative to Q4_0, median of {settings.get('rounds', '?')} rounds in turns with "
+        f"it; prompt of {settings.get('n_prompt', '?')}, decode of {settings.get('n_gen', '?')} tokens; "
+        f"{threads} threads"
     )
     height = sum(0.75 + 0.34 * sum(row["model"] == model for row in rows) for model in models)
     alt = "Speed relative to Q4_0 in prompts: " + _said(rows, "type", "pp_ratio", ".2f")
-    return render("end-to-end", "Speed of whole models", alt, document.origin(method), draw, height)
+    return render(
+        "end-to-end", "Speed of whole models", alt, document.origin(method, "arbitrary tokens"), draw, height
+    )
 
 
 def compare_speeds(document: Document) -> Picture | None:
@@ -273,8 +291,8 @@ def compare_speeds(document: Document) -> Picture | None:
 
     speed = document.data.get("speed", {})
     method = (
-        f"tokens per second relative to Q4_0, median of {speed.get('rounds', '?')} rounds in turns with it; prompt "
-        f"of {speed.get('prompt', '?')}, decode of {speed.get('decode', '?')} tokens"
+        f"tokens per second relative to Q4_0, median of {speed.get('rounds', '?')} rounds in turns with it; "
+        f"prompt of {speed.get('prompt', '?')}, decode of {speed.get('decode', '?')} tokens"
     )
     alt = "Speed relative to Q4_0 in prompts: " + _said(rows, "type", "prompt_ratio", ".2f")
     origin = document.origin(method, "arbitrary tokens")
@@ -337,32 +355,31 @@ def energy_split(document: Document, phase: dict) -> Picture:
     rows = phase["rows"]
     names = [SYSTEM_NAMES.get(row["system"], row["system"]) for row in rows]
     parts = (("arithmetic", 1.0), ("dequantization", 0.55), ("memory", 0.25))
+    scale, unit = (1e9, "mJ") if max(row["memory"] for row in rows) > 2e10 else (1e6, "µJ")
 
     def draw(canvas: Canvas) -> None:
         above, below = canvas.subplots(2, 1)
         for axes, shown in ((above, parts[:2]), (below, parts)):
             left = [0.0] * len(rows)
             for part, shade in shown:
-                values = [row[part] / 1e6 for row in rows]
+                values = [row[part] / scale for row in rows]
                 colours = [colour(row["system"], place) for place, row in enumerate(rows)]
                 axes.barh(names, values, 0.7, left, color=colours, alpha=shade)
                 left = [a + b for a, b in zip(left, values, strict=True)]
             key = "ratio" if axes is above else "ratio_with_memory"
             for place, row in enumerate(rows):
-                axes.annotate(
-                    f"{row[key]:.2f} ×", (left[place], place), (3, 0), textcoords="offset points", va="center",
-                    fontsize=7.5,
-                )  # fmt: skip
+                end = (left[place], place)
+                axes.annotate(f"{row[key]:.2f} ×", end, (3, 0), **_BESIDE)
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.margins(x=0.16)
         above.set_title("arithmetic (dark) and dequantization (light)", fontsize=8.5)
         below.set_title("with memory (lightest)", fontsize=8.5)
-        below.set_xlabel("µJ per token")
+        below.set_xlabel(f"{unit} per token")
 
     what = "all tokens at once" if phase["phase"] == "prompt" else "token by token"
     title = f"Energy per token, {phase['phase']}" + (
-        f", {document.data['shape']} shape" if document.data.get("shape") else ""
+        f", {document.data['shape'].upper()} shape" if document.data.get("shape") else ""
     )
     alt = f"Modelled energy of the linear layers, {what}; times SPK4: " + ", ".join(
         f"{name} {row['ratio']:.2f}, with memory {row['ratio_with_memory']:.2f}"
@@ -468,6 +485,15 @@ def _bars(
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.15)
+
+
+def _logarithmic(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with numbers as people write them."""
+    wide = max(values) > 200 * min(values)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _series(points: Iterable[dict]) -> dict[str, list[dict]]:

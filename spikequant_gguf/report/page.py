@@ -198,7 +198,9 @@ def _energy(documents: dict[str, list[Document]]) -> Section:
             phase = document.data["phases"][0]
             section.add(figures.energy_layers(document, phase))
             section.add(figures.energy_sensitivity(document, phase))
-        section.tables += [_condition_table(document), _measured_table(document)]
+        section.tables.append(_condition_table(document))
+        if not document.data.get("shape"):  # a shape has no model to measure
+            section.tables.append(_measured_table(document))
     _lacks(section, documents, ("Energy of the linear layers", ("energy",)))
     return section
 
@@ -314,33 +316,33 @@ def _condition_table(document: Document) -> dict:
                     each["text"],
                 ]
             )
-    shape = f", {document.data['shape']} shape" if document.data.get("shape") else ""
+    shape = f", {document.data['shape'].upper()} shape" if document.data.get("shape") else ""
     constants = document.data["constants"]
     origin = document.origin(f"operation model with {constants['name']}: {constants['citation']}")
-    return _table(
-        f"When the ratios hold, and when not{shape}", ("wanted", "holds", "condition"), rows, origin, wrap=True,
-        folded=True,
-    )  # fmt: skip
+    title = f"When the ratios hold, and when not{shape}"
+    return _table(title, ("wanted", "holds", "condition"), rows, origin, wrap=True, folded=True)
 
 
 def _measured_table(document: Document) -> dict:
     rows = []
+    reasons: dict[str, list[str]] = {}
     for each in document.data["measured"]:
         if each["joules_per_token"] is None:
-            rows.append([each["system"].upper(), each["phase"], "unavailable", each["reason"] or ""])
+            what = f"{each['system'].upper()} {each['phase']}"
+            reasons.setdefault(each["reason"] or "", []).append(what)
             continue
         ratio = each.get("ratio_to_q4_0")
         rows.append(
             [
-                each["system"].upper(),
-                each["phase"],
+                f"{each['system'].upper()} {each['phase']}",
                 f"{each['joules_per_token']:.4g} ± {each['stdev']:.2g} J per token",
                 f"{each['method']}, idle {each['idle_watts']:.1f} W subtracted, {each['repeats']} rounds"
                 + (f"; {ratio:.2f} × below Q4_0" if ratio else ""),
             ]
         )
+    rows += [[", ".join(what), "unavailable", reason] for reason, what in reasons.items()]
     origin = document.origin("counters of the machine, whole package, idle subtracted; never a constant")
-    return _table("Measured", ("model", "phase", "energy", "how, or why not"), rows, origin, wrap=True)
+    return _table("Measured", ("model and phase", "energy", "how, or why not"), rows, origin, wrap=True)
 
 
 def _tensor_table(tensors: Sequence[TensorSummary], counts: Sequence[Counts], origin: Origin) -> dict:

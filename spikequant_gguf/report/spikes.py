@@ -41,9 +41,10 @@ def neuron_picture(trace: NeuronTrace, width: float | None = None) -> Picture:
             if low < sign * trace.firing_threshold < high:
                 membrane.axhline(sign * trace.firing_threshold, color=PLUS, linewidth=0.9, linestyle="--")
         membrane.plot(SPIKE_STEPS, trace.potential[-1], "o", color=PLUS, markersize=5, zorder=5)
+        up = trace.potential[-1] > 0
         membrane.annotate(
-            f"y = {trace.output:.4g}", (SPIKE_STEPS, trace.potential[-1]), (-4, 6), ha="right", fontsize=8,
-            textcoords="offset points", color=PLUS, fontweight="bold",
+            f"y = {trace.output:.4g}", (0.985, 0.06 if up else 0.94), xycoords="axes fraction", ha="right",
+            va="bottom" if up else "top", color=PLUS, fontweight="bold",
         )  # fmt: skip
         membrane.axhline(0, color="#6b7785", linewidth=0.7)
         membrane.set_xlabel("time (1 is the largest value)")
@@ -53,13 +54,14 @@ def neuron_picture(trace: NeuronTrace, width: float | None = None) -> Picture:
         membrane.margins(y=0.15)
         output = membrane.secondary_yaxis("right", (lambda v: v * trace.unit, lambda y: y / trace.unit))
         output.set_ylabel("output θ·s·V")
-        membrane.legend(loc="upper left", ncols=3)
+        membrane.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, fontsize=7.5)
 
-    title = f"{trace.tensor} : {trace.row}"
+    title = f"Neuron {trace.row} of {trace.tensor}"
     method = (
-        f"inputs of the layer taken from the runtime at token {trace.position} ({trace.piece!r}) and encoded again; "
-        f"V at the end, read out with θ = {trace.threshold:.4g} and s = {trace.step:.4g}, gives {trace.output_bits}, "
-        f"the runtime's own output to the bit; firing threshold (an output of 1) at V = {trace.firing_threshold:.4g}"
+        f"inputs of the layer taken from the runtime at token {trace.position} ({trace.piece!r}) and encoded "
+        f"again; V at the end, read out with θ = {trace.threshold:.4g} and s = {trace.step:.4g}, gives "
+        f"{trace.output_bits}, the runtime's own output to the bit; firing threshold (an output of 1, "
+        f"dashed) at V = {trace.firing_threshold:.4g}"
     )
     alt = (
         f"Spikes of {len(trace.time)} inputs over 16 time steps, and the membrane potential, which ends at "
@@ -169,7 +171,9 @@ def _raster(axes: Axes, time: np.ndarray, polarity: np.ndarray, kind: np.ndarray
         mark, size = _MARKS[name]
         for sign, shade in ((1, PLUS), (-1, MINUS)):
             at = np.flatnonzero((time > 0) & (kind == place) & (polarity == sign))
-            axes.scatter(time[at], at, s=size, marker=mark, c=shade, linewidths=0, rasterized=len(at) > 4000)
+            # + left and - right of their time, and a little apart, so that neighbours can be told apart
+            beside = time[at] - 0.17 * sign + (at * 37 % 11 - 5) / 60
+            axes.scatter(beside, at, s=size, marker=mark, c=shade, linewidths=0, rasterized=len(at) > 4000)
     axes.set_ylim(len(time), -1)
     axes.set_ylabel("input (rotated basis)")
     axes.grid(axis="y", visible=False)
