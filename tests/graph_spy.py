@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4
-from spikequant_gguf.ggml_api import _Tensor
+from spikequant_gguf.ggml_api import TensorStruct
 
 __all__ = ["Product", "SpyModel"]
 
@@ -67,11 +67,11 @@ class SpyModel(Model):
         return True
 
 
-def _tensor(address: Any) -> _Tensor:
-    return _Tensor.from_address(getattr(address, "value", address))
+def _tensor(address: Any) -> TensorStruct:
+    return TensorStruct.from_address(getattr(address, "value", address))
 
 
-def _values(tensor: _Tensor, dtype: type = np.float32) -> NDArray[Any]:
+def _values(tensor: TensorStruct, dtype: type = np.float32) -> NDArray[Any]:
     """A copy of a tensor's values, dimensions in NumPy's order."""
     n_bytes = 4 + sum((size - 1) * stride for size, stride in zip(tensor.ne, tensor.nb, strict=True))
     data = np.frombuffer((ctypes.c_char * n_bytes).from_address(tensor.data), np.uint8)

@@ -10,7 +10,7 @@ import pytest
 
 from spikequant_gguf import codec
 from spikequant_gguf.format import TYPE_SPK4, blocks_to_bytes
-from spikequant_gguf.ggml_api import PLAIN_BUFFER, MatMul, _Tensor
+from spikequant_gguf.ggml_api import PLAIN_BUFFER, MatMul, TensorStruct
 from spikequant_gguf.native import load
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -34,7 +34,7 @@ class Layer(MatMul):
         self._n_experts = 1
         weights = [ggml.new_tensor_2d(of_weights, type_id, n_inputs, rows) for rows in ROWS]
         pair = (c_float * 2)(SALIENCE, 0.0)
-        ctypes.memmove(_Tensor.from_address(weights[-1]).op_params, pair, ctypes.sizeof(pair))
+        ctypes.memmove(TensorStruct.from_address(weights[-1]).op_params, pair, ctypes.sizeof(pair))
         self._input_shape = (n_tokens, n_inputs)
         self._input = x = ggml.new_tensor_2d(of_graph, 0, n_inputs, n_tokens)
         self._ids = None

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..console import remember_command
-from . import energy, evaluate, files, setup, sweep
+from . import energy, evaluate, files, report, setup, sweep
 
 __all__ = ["app", "main"]
 
@@ -40,7 +40,7 @@ def _common(
     pass
 
 
-for _module in (setup, files, evaluate, energy, sweep):
+for _module in (setup, files, evaluate, energy, sweep, report):
     _module.add_commands(app)
 
 

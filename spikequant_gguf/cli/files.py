@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Force, JsonOutput, Model, Quiet, Verbose, command, examples
+from ..console import Console
+from .common import Force, JsonOutput, Model, Quiet, Threads, Verbose, command, examples
 from .convert import convert
 
 __all__ = ["add_commands"]
@@ -26,7 +27,9 @@ def add_commands(app: typer.Typer) -> None:
     )(convert)
     app.command(
         epilog=examples(
-            "spikequant inspect model-SPK4.gguf", "spikequant inspect model-SPK4.gguf --no-tensors --json"
+            "spikequant inspect model-SPK4.gguf",
+            "spikequant inspect model-SPK4.gguf --no-tensors --json",
+            'spikequant inspect model-SPK4.gguf --neuron blk.3.ffn_up:17 -p "Neurons fire." -o neuron.png',
         )
     )(inspect)
     app.command(epilog=examples("spikequant verify model-SPK4.gguf"))(verify)
@@ -42,17 +45,65 @@ def inspect(
     model: Model,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List the tensors.")] = True,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="List the metadata.")] = True,
+    neuron: Annotated[
+        str | None,
+        typer.Option(
+            "--neuron", help="Follow the neuron TENSOR:ROW through one token of a text.", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text.", show_default="a sentence on neurons")
+    ] = None,
+    position: Annotated[
+        int | None, typer.Option("--position", help="Place of the token in it, from 0.", show_default="last")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--outfile", "-o", help="Write the trace as .png, .svg or .html.", show_default=False),
+    ] = None,
+    force: Force = False,
+    threads: Threads = None,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the tensors of a GGUF file (shapes, types, statistics) and its metadata."""
+    """Show the tensors of a GGUF file (shapes, types, statistics) and its metadata, or one neuron at work."""
     with command(json_output, quiet, verbose) as console:
+        if neuron is not None:
+            _inspect_neuron(console, model, neuron, prompt, position, out, force, threads)
+            return
+        if prompt is not None or position is not None or out is not None:
+            raise typer.BadParameter("--prompt, --position and --outfile belong to --neuron")
         from ..inspect_file import inspect_file
         from .tables import show_inspect
 
         report = inspect_file(model)
         console.result(report.to_json, lambda out: show_inspect(out, report, tensors, metadata))
+
+
+def _inspect_neuron(
+    console: Console,
+    model: Path,
+    neuron: str,
+    prompt: str | None,
+    position: int | None,
+    out: Path | None,
+    force: bool,
+    threads: int | None,
+) -> None:
+    from ..neuron import DEFAULT_TEXT, trace_neuron
+    from ..neuron_file import check_picture_path, write_neuron
+    from .neuron import show_neuron
+
+    if out is not None:
+        check_picture_path(out, force)
+    text = DEFAULT_TEXT if prompt is None else prompt
+    trace = trace_neuron(model, neuron, text, position=position, threads=threads)
+    if out is not None:
+        write_neuron(trace, out)
+    console.result(trace.to_json, lambda screen: show_neuron(screen, trace))
+    if out is not None:
+        console.say(f"written: {out}")
 
 
 def verify(
