@@ -22,6 +22,7 @@ from architectures import ARCHITECTURES, Architecture, write_checkpoint
 from converter_server import ConverterServer
 from gguf import GGMLQuantizationType as T
 from graph_spy import SpyModel
+from llama_tools import difference
 
 from spikequant_gguf import codec
 from spikequant_gguf.converter import ConvertReport, checkpoint, convert
@@ -111,13 +112,6 @@ def outputs_of_transformers(made: Made) -> np.ndarray:
     with torch.no_grad():
         found = made.model(torch.from_numpy(made.ids[None].astype(np.int64)))
     return (found.logits if made.architecture.is_causal else found.last_hidden_state)[0].numpy()
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference of two sets of logits over the norm of the expected ones."""
-    found = found - found.mean(axis=1, keepdims=True)
-    expected = expected - expected.mean(axis=1, keepdims=True)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 # Bounds on difference(); unrelated logits differ by 1.4.
