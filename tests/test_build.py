@@ -538,25 +538,18 @@ def test_our_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     # installed elsewhere, its command runs from there; numpy and the like are those of this environment
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*install, wheel], check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    command = [*pip, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, capture_output=True)
     code = (
-        "import sys, site; site.addsitedir(sys.argv[1]); import spikequant_gguf.converter, spikequant_gguf.ggml_patch;"
-        "print(spikequant_gguf.converter.__file__); from spikequant_gguf.cli import main;"
+        "import sys; sys.path.append(sys.argv[1]);"
+        "import spikequant_gguf.converter as converter; print(converter.__file__);"
+        "import spikequant_gguf.ggml_patch; from spikequant_gguf.cli import main;"
         "sys.argv = ['spikequant', '--version']; main()"
     )
     packages = sysconfig.get_path("purelib")
-    result = subprocess.run([python, "-c", code, packages], capture_output=True, text=True, check=False)
+    command = [python, "-c", code, packages]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     place, version = result.stdout.splitlines()
     assert place.startswith(str(tmp_path / "venv")) and version.startswith("spikequant ")
