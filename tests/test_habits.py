@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,3 +287,15 @@ def test_options_of_the_command(
     assert types["blk.0.ffn_up.weight"] == "F16" and types["blk.0.attn_q.weight"] == "SPK4"
     assert read_header(Path("m-spk4.gguf")).metadata["x.y"] == "z"
     assert os.listdir(tmp_path) and not list(tmp_path.glob("*.partial"))
+
+
+def test_the_shell_completes_commands() -> None:
+    environment = {**os.environ, "_SPIKEQUANT_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    environment["COMP_WORDS"] = "spikequant de"
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'spikequant'; from spikequant_gguf.cli import main; main()",
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert sorted(result.stdout.split()) == ["demo", "dequantize"]
