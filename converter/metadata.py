@@ -16,22 +16,35 @@ from numpy.typing import ArrayLike
 
 __all__ = [
     "RawMetadata",
+    "encode_bool",
     "encode_f32",
     "encode_f32s",
+    "encode_int",
     "encode_string",
     "encode_text",
     "encode_texts",
     "encode_u32",
     "read_raw_metadata",
+    "texts",
 ]
 
 RawMetadata = Mapping[bytes, bytes]
 """Encoded values by the bytes of their key."""
 
-_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 # bytes of a scalar by its type number; 0 for strings and arrays
 _SCALAR_BYTES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)
 _FIRST_VALUE = 24  # after magic, version and the two counts
+
+
+def texts(values: RawMetadata) -> dict[str, str]:
+    """The values that are texts, by key."""
+    kind = struct.pack("<I", _STRING)
+    return {
+        key.decode(): value[12:].decode("utf-8", "replace")
+        for key, value in values.items()
+        if value.startswith(kind)
+    }
 
 
 def read_raw_metadata(path: Path, n_values: int) -> dict[bytes, bytes]:
@@ -73,6 +86,18 @@ def _after_value(data: mmap.mmap, at: int, kind: int) -> int:
 
 def encode_u32(value: int) -> bytes:
     return struct.pack("<II", _UINT32, value)
+
+
+def encode_int(value: int) -> bytes:
+    """Of a number from 0 on as unsigned, which is what most keys of llama.cpp are."""
+    try:
+        return struct.pack("<II", _UINT32, value) if value >= 0 else struct.pack("<Ii", _INT32, value)
+    except struct.error as error:
+        raise OverflowError(f"{value} does not fit 32 bits") from error
+
+
+def encode_bool(value: bool) -> bytes:
+    return struct.pack("<I?", _BOOL, value)
 
 
 def encode_f32(value: float) -> bytes:

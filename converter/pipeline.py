@@ -22,13 +22,16 @@ from .checkpoint import Checkpoint, checkpoint_tensors, checkpoint_to_gguf, down
 from .fingerprint import fingerprint_of_source
 from .importance import Importance, read_importance
 from .job import Job
+from .metadata import texts
 from .naming import default_name, fill_template
+from .overrides import read_overrides
 from .plan import ConversionPlan, TensorRow, make_plan, parse_type_rules
 from .progress import Progress, no_progress
 from .provenance import Provenance, command_line, source_digest
 from .quantize import Backend, Workers
 from .recipe import Calibrate, Recipe, TensorStatistics
 from .source import Source, gguf_files, open_gguf
+from .split import check_parts, check_size, split_model
 from .workspace import workspace
 from .write import OutputFile, check_space
 
@@ -48,6 +51,10 @@ class ConvertOptions:
         threads: number of threads; None for one per core. It does not change the result.
         force: replace an existing output file.
         resume: go on with what the same conversion had written when it was stopped; False to start over.
+        metadata: JSON file of authorship, with ``general.*`` keys; None for what the source says.
+        model_name: for general.name, instead of the source's.
+        override_kv: other keys of the output's metadata, each ``KEY=TYPE:VALUE``.
+        split_max_size: largest size of a file of the output, as ``4G``; None for one file.
     """
 
     salience: float = DEFAULT_SALIENCE
@@ -58,6 +65,10 @@ class ConvertOptions:
     threads: int | None = None
     force: bool = False
     resume: bool = True
+    metadata: Path | None = None
+    model_name: str | None = None
+    override_kv: tuple[str, ...] = ()
+    split_max_size: str | None = None
 
     def command_options(self) -> list[str]:
         """Those options of the command line that the result depends on; of paths the last component."""
@@ -70,6 +81,12 @@ class ConvertOptions:
             words += ["--imatrix", self.importance.name]
         for rule in self.tensor_types:
             words += ["--tensor-type", rule]
+        if self.metadata is not None:
+            words += ["--metadata", self.metadata.name]
+        if self.model_name is not None:
+            words += ["--model-name", self.model_name]
+        for override in self.override_kv:
+            words += ["--override-kv", override]
         return [*words, "--pure"] if self.pure else words
 
 
@@ -78,8 +95,8 @@ class ConvertReport:
     """What convert() did.
 
     Attributes:
-        path: of the written file.
-        file_bytes: its size.
+        path: of the written file; of the first one if the model was split.
+        file_bytes: its size, or that of all files.
         source: name of the source.
         source_sha256: hex digest of the source.
         calibration: the text that was used, or "none".
@@ -88,6 +105,7 @@ class ConvertReport:
         warnings: sentences that the user should read.
         resumed: number of tensors that a stopped conversion had written.
         seconds: time taken.
+        files: all that were written.
     """
 
     path: Path
@@ -100,6 +118,7 @@ class ConvertReport:
     warnings: tuple[str, ...]
     resumed: int
     seconds: float
+    files: tuple[Path, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -117,6 +136,7 @@ class ConvertReport:
         """As plain JSON types."""
         return {
             "path": str(self.path),
+            "files": [str(file) for file in self.files],
             "bytes": self.file_bytes,
             "source": self.source,
             "source_sha256": self.source_sha256,
@@ -153,8 +173,8 @@ def convert(
 
     Args:
         source: path of a GGUF file, folder of a Hugging Face checkpoint, or its id there (``owner/name``).
-        out: path of the output, ``{ftype}`` in it becomes ``spk4``; None for a name after llama.cpp's
-            convention in the current folder.
+        out: path of the output, ``{ftype}`` in it becomes ``spk4``; a folder gets a file named after
+            llama.cpp's convention; None is the current folder.
         options: None for the defaults.
         progress: receives every step.
         calibrate: makes a Recipe from the opened source; None for quantization without calibration.
@@ -177,16 +197,17 @@ def convert(
     backend = backend or native()
     importance = read_importance(options.importance) if options.importance is not None else None
     model = _find(source, progress)
-    path = fill_template(Path(out)) if out is not None else None
+    overrides = read_overrides(options.metadata, options.model_name, options.override_kv)
+    path = fill_template(Path(out)) if out is not None and not Path(out).is_dir() else None
 
-    folder = path.parent if path is not None else Path()
+    folder = path.parent if path is not None else Path(out or "")
     with ExitStack() as stack:
         # the name is claimed before any work is done, and let go last
         output = None if path is None else stack.enter_context(_output(path, options, model))
         opened = stack.enter_context(_open(model, folder, backend, progress))
         workers = stack.enter_context(Workers(options.threads))
         if output is None:
-            path = Path(default_name(opened.metadata, model.name))
+            path = folder / default_name({**opened.metadata, **texts(overrides)}, model.name)
             output = stack.enter_context(_output(path, options, model))
         planned = _plan(opened, options, importance)
         output.check_room(planned.target_bytes)
@@ -206,12 +227,16 @@ def convert(
             silence=options.silence,
             encoder=recipe.encoder,
             importance=importance,
+            overrides=overrides,
         )
         job = Job(opened, planned, recipe, importance, backend, workers)
         statistics = job.write(output, provenance, known, progress)
+    files = (path,)
+    if options.split_max_size is not None:
+        files = split_model(path, options.split_max_size, options.force)
     return ConvertReport(
-        path=path,
-        file_bytes=path.stat().st_size,
+        path=files[0],
+        file_bytes=sum(file.stat().st_size for file in files),
         source=model.name,
         source_sha256=digest,
         calibration=recipe.calibration,
@@ -220,6 +245,7 @@ def convert(
         warnings=planned.warnings,
         resumed=output.n_resumed,
         seconds=time.perf_counter() - started,
+        files=files,
     )
 
 
@@ -283,6 +309,8 @@ def _find(source: str | os.PathLike[str], progress: Progress) -> _Model:
 
 
 def _output(path: Path, options: ConvertOptions, model: _Model) -> OutputFile:
+    if options.split_max_size is not None:
+        check_parts(path, options.force)
     return OutputFile(path, options.force, model.files.values())
 
 
@@ -305,6 +333,8 @@ def _open(model: _Model, folder: Path, backend: Backend | None, progress: Progre
 
 def _check(options: ConvertOptions) -> None:
     check_encoder(options.salience, options.silence)
+    if options.split_max_size is not None:
+        check_size(options.split_max_size)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"{options.threads} threads cannot do the work", "use 1 or more")
 

@@ -45,6 +45,7 @@ class Provenance:
         silence: silence threshold of the model, in steps.
         encoder: settings of single layers, by the name of their weight tensor.
         importance: that was used, or None.
+        overrides: encoded metadata that the user wants, by key.
     """
 
     source: str
@@ -55,6 +56,7 @@ class Provenance:
     silence: float = f.DEFAULT_SILENCE
     encoder: Mapping[str, EncoderSettings] = field(default_factory=dict)
     importance: Importance | None = None
+    overrides: RawMetadata = field(default_factory=dict)
 
 
 def source_digest(files: Mapping[str, Path], progress: Progress) -> str:
@@ -121,6 +123,7 @@ def output_metadata(
         f.KEY_STATISTICS_RELATIVE_ERROR: encode_f32s([s.relative_error for s in statistics.values()]),
         **_importance(provenance.importance),
     }
+    metadata |= provenance.overrides
     return {**metadata, **{key.encode(): value for key, value in ours.items()}}
 
 

@@ -3,7 +3,8 @@
 Builds are cached by pin, patch and settings, so the same thing is never compiled twice; interrupted ones
 resume.
 
-    python -m spikequant_gguf.ggml_patch.build [--unpatched] [--portable] [--sdist PATH] [--jobs N] [--force]
+    python -m spikequant_gguf.ggml_patch.build [--unpatched] [--portable] [--wheel FOLDER] [--sdist PATH]
+                                               [--jobs N] [--force]
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from spikequant_gguf.errors import BuildError, OutputError, SpikeQuantError
+from spikequant_gguf.errors import BuildError, InputError, OutputError, SpikeQuantError
+from spikequant_gguf.files import atomic_path
 
 from . import package
 from .apply import apply
@@ -79,6 +82,7 @@ def build(
     jobs: int | None = None,
     force: bool = False,
     install: bool = True,
+    wheel: Path | str | None = None,
     keep_tree: bool | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -86,10 +90,15 @@ def build(
 
     portable: do not use the CPU's newest instructions (on x86: up to AVX2, FMA and F16C). unpatched: only the
     llama library of the same pin, never installed. sdist: a source package got by hand. force: build again
-    from a fresh tree. keep_tree: leave the unpacked tree for short rebuilds (default: if
+    from a fresh tree. wheel: a folder for a wheel to hand on, which is a portable build that is not installed
+    here. keep_tree: leave the unpacked tree for short rebuilds (default: if
     ``$SPIKEQUANT_KEEP_TREE`` is set). progress: shows the steps; silent if None. Raises BuildError,
     InputError or OutputError with a remedy.
     """
+    if wheel is not None:
+        if unpatched:
+            raise InputError("there is no wheel of the unpatched library", "leave out one of the two options")
+        portable, install = True, False
     job = _job(portable, unpatched)
     keep = bool(os.environ.get(KEEP_TREE_VARIABLE)) if keep_tree is None else keep_tree
     timer = StepTimer(progress or SilentProgress())
@@ -104,11 +113,15 @@ def build(
                 _make(job, Path(sdist) if sdist else None, jobs or default_jobs(), timer)
                 _clean_up(job, keep)
             manifest = job.cache.finished(job.key) or {}
-            wheel = job.folder / manifest["wheel"]
+            made = job.folder / manifest["wheel"]
             installed = installing and not _is_installed(job.key)
             if installed:
-                timer.step("install", wheel.name)
-                package.install_wheel(wheel)
+                timer.step("install", made.name)
+                package.install_wheel(made)
+            if wheel is not None:
+                with atomic_path(make_folder(Path(wheel)) / made.name) as partial:
+                    shutil.copyfile(made, partial)
+                made = Path(wheel) / made.name
             outcome = manifest["self_test"]
             if installing:
                 timer.step("self-test", "installed runtime")
@@ -126,7 +139,7 @@ def build(
         cached=cached,
         installed=installed,
         folder=job.folder,
-        wheel=wheel,
+        wheel=made,
         compiler=manifest["compiler"],
         settings=manifest["settings"],
         tools={tool: job.folder / "bin" / package.program_file(tool) for tool in job.variant.tools},
@@ -207,7 +220,9 @@ def _make(job: _Job, sdist: Path | None, jobs: int, timer: StepTimer) -> None:
         "compiler": toolchain.compiler,
         "settings": variant.settings(upstream),
     }
-    package.write_runtime_manifest(partial / "python", facts | {"build": str(job.folder)})
+    # A portable build may be handed on, and elsewhere the place of this cache means nothing.
+    place = {} if variant.portable else {"build": str(job.folder)}
+    package.write_runtime_manifest(partial / "python", facts | place)
     wheel = package.write_wheel(partial / "python", partial, upstream)
     timer.step("self-test", "new build")
     outcome = _self_test(partial / "python", unpatched=source is None)
@@ -275,6 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--portable", action="store_true", help="a library for other CPUs of this kind, too")
     parser.add_argument(
         "--unpatched", action="store_true", help="the unpatched library, for comparisons; not installed"
+    )
+    parser.add_argument(
+        "--wheel", type=Path, help="folder for a portable wheel to hand on; not installed here"
     )
     parser.add_argument("--sdist", type=Path, help="source package got by hand")
     parser.add_argument("--jobs", type=int, help="compile jobs at once")

@@ -133,7 +133,7 @@ def native() -> NativeLibrary:
 
 
 def tool(name: str) -> Path:
-    """Path of a llama.cpp program from the same tree: llama-quantize, -perplexity, -bench or -imatrix.
+    """Path of a llama.cpp program from the same tree, one of compile.TOOLS.
 
     Raises RuntimeMissingError if the build cache does not hold it any more.
     """
@@ -159,9 +159,11 @@ def _build_folder(library_dir: Path) -> Path | None:
     """Folder of the build in the cache: as recorded, or by its key if the cache has moved."""
     try:
         manifest = json.loads((library_dir / RUNTIME_MANIFEST).read_text(encoding="utf-8"))
-        recorded = Path(manifest["build"])
-        return recorded if recorded.is_dir() else open_cache().build(manifest["key"])
-    except (OSError, ValueError, KeyError, TypeError):
+        recorded = manifest.get("build")
+        if recorded is not None and Path(recorded).is_dir():
+            return Path(recorded)
+        return open_cache().build(manifest["key"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_model import some_text, write_tiny_model
 
 from spikequant_gguf import models
+from spikequant_gguf.converter import ConvertOptions, convert
 from spikequant_gguf.runtime import RuntimeInfo, find_runtime, tool
 from spikequant_gguf.texts import DATA_VARIABLE
 
@@ -81,6 +82,25 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct.Q4_1.gguf, fetched into the cache by the first test that wants it."""
     return models.smollm2()
+
+
+@pytest.fixture(scope="session")
+def real_models(
+    runtime: RuntimeInfo,
+    smollm2: Path,
+    quantized: Callable[[Path, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """F16, Q8_0 and Q4_0 by llama-quantize, SPK4 by our converter, all of the F16 file."""
+    f16 = quantized(smollm2, "F16")
+    spk4 = tmp_path_factory.mktemp("real") / "spk4.gguf"
+    convert(f16, spk4, ConvertOptions(threads=2))
+    return {
+        "f16": f16,
+        "q8_0": quantized(f16, "Q8_0"),
+        "q4_0": quantized(f16, "Q4_0"),
+        "spk4": spk4,
+    }
 
 
 @pytest.fixture(scope="session")

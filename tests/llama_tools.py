@@ -1,10 +1,12 @@
-"""Runs programs of llama.cpp from the runtime's tree."""
+"""Runs programs of llama.cpp from the runtime's tree; compares logits."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from pathlib import Path
+
+import numpy as np
 
 from spikequant_gguf.runtime import tool
 
@@ -25,3 +27,10 @@ def run_llama_perplexity(pattern: str, model: Path, text: Path | None, *options:
         if found:
             return found
     raise AssertionError(f"llama-perplexity did not print {pattern}: {result.stdout}{result.stderr}")
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference of two sets of logits over the norm of the expected ones."""
+    found = found - found.mean(axis=1, keepdims=True)
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -22,13 +22,16 @@ from architectures import ARCHITECTURES, Architecture, write_checkpoint
 from converter_server import ConverterServer
 from gguf import GGMLQuantizationType as T
 from graph_spy import SpyModel
+from llama_tools import difference
 
 from spikequant_gguf import codec
+from spikequant_gguf import format as f
 from spikequant_gguf.converter import ConvertReport, checkpoint, convert
 from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
 from spikequant_gguf.dequantize import dequantize
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes
+from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.runtime import converter_script
 from spikequant_gguf.texts import Text
 
@@ -113,13 +116,6 @@ def outputs_of_transformers(made: Made) -> np.ndarray:
     return (found.logits if made.architecture.is_causal else found.last_hidden_state)[0].numpy()
 
 
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference of two sets of logits over the norm of the expected ones."""
-    found = found - found.mean(axis=1, keepdims=True)
-    expected = expected - expected.mean(axis=1, keepdims=True)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
 # Bounds on difference(); unrelated logits differ by 1.4.
 _ROUNDING = 4e-3  # of the float model: 16-bit keys and values, tables of GELU
 _WEIGHTS = 0.75
@@ -145,13 +141,13 @@ def test_every_spike_product_is_that_of_the_reference(made):
     with SpyModel(made.spikes, ctx_size=64, threads=1) as model:
         model.decode(made.ids, 0, TOKENS if made.architecture.is_causal else 0)
         products = model.products
-    blocks = spike_blocks(made.spikes)
+    blocks, settings = spike_blocks(made.spikes), encoder_settings(made.spikes)
     assert {product.weights for product in products} == set(blocks)
     assert len(products) == len(blocks)
     for product in products:
-        weights = blocks[product.weights]
+        weights, encoder = blocks[product.weights], settings.get(product.weights, {})
         if product.experts is None:
-            expected = codec.matmul(weights[0], codec.encode_activations(product.x))
+            expected = codec.matmul(weights[0], codec.encode_activations(product.x, **encoder))
             np.testing.assert_array_equal(product.y, expected, err_msg=product.weights)
             continue
         used = product.y.shape[1]
@@ -159,7 +155,7 @@ def test_every_spike_product_is_that_of_the_reference(made):
         for slot in range(used):
             for expert in np.unique(product.experts[:, slot]):
                 rows = product.experts[:, slot] == expert
-                expected = codec.matmul(weights[expert], codec.encode_activations(x[rows, slot]))
+                expected = codec.matmul(weights[expert], codec.encode_activations(x[rows, slot], **encoder))
                 np.testing.assert_array_equal(product.y[rows, slot], expected, err_msg=product.weights)
 
 
@@ -215,6 +211,17 @@ def test_a_wrong_permutation_is_noticed(converter, tiny_text, tmp_path):
     heads[[0, 1]] = heads[[1, 0]]
     tensor.data.flush()
     assert difference(outputs(made, swapped), outputs_of_transformers(made)) > 10 * _ROUNDING
+
+
+def encoder_settings(path: Path) -> dict[str, dict[str, float]]:
+    """Thresholds of the layers that do not use the defaults."""
+    metadata = read_header(path).metadata
+    found = {}
+    for index, name in enumerate(metadata.get(f.KEY_ENCODER_TENSORS, [])):
+        salience = float(metadata[f.KEY_ENCODER_SALIENCE][index]) or f.DEFAULT_SALIENCE
+        silence = float(metadata[f.KEY_ENCODER_SILENCE][index]) or f.DEFAULT_SILENCE
+        found[name] = {"salience": salience, "silence": silence}
+    return found
 
 
 def spike_blocks(path: Path) -> dict[str, np.ndarray]:

@@ -11,8 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import threading
+import venv
 import zipfile
 from pathlib import Path
 
@@ -461,6 +463,22 @@ def test_the_wheel_is_reproducible_complete_and_installable(
     assert (target / "llama_cpp_python-0.3.36.dist-info/licenses/LICENSE-llama.cpp").exists()
 
 
+def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
+    workshop: Workshop, sdist: Path, tmp_path: Path
+) -> None:
+    report = build(sdist=sdist, wheel=tmp_path / "dist")
+    assert report.portable and not report.installed and workshop.installed == 0
+    assert (
+        report.wheel == tmp_path / "dist" / report.wheel.name
+        and len(list(report.wheel.parent.iterdir())) == 1
+    )
+    with zipfile.ZipFile(report.wheel) as archive:
+        manifest = archive.read("llama_cpp/lib/spikequant.json")
+    assert str(tmp_path).encode() not in manifest and json.loads(manifest)["key"] == report.key
+    with pytest.raises(InputError, match="no wheel of the unpatched"):
+        build(sdist=sdist, wheel=tmp_path, unpatched=True)
+
+
 def test_an_installed_build_is_recognized_by_key_and_content(
     workshop: Workshop, sdist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,4 +533,24 @@ def test_our_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
                 expected.add(f"spikequant_gguf/{place}{path.relative_to(source / folder).as_posix()}")
     assert expected <= names, sorted(expected - names)
     assert any(name.endswith("entry_points.txt") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+    # installed elsewhere, its command runs from there; numpy and the like are those of this environment
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    command = [*pip, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    code = (
+        "import sys; sys.path.append(sys.argv[1]);"
+        "import spikequant_gguf.converter as converter; print(converter.__file__);"
+        "import spikequant_gguf.ggml_patch; from spikequant_gguf.cli import main;"
+        "sys.argv = ['spikequant', '--version']; main()"
+    )
+    packages = sysconfig.get_path("purelib")
+    command = [python, "-c", code, packages]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    place, version = result.stdout.splitlines()
+    assert place.startswith(str(tmp_path / "venv")) and version.startswith("spikequant ")
     assert not any(name.startswith(("converter/", "ggml_patch/", "tests/")) for name in names)

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from llama_tools import run_llama_perplexity
 
-from spikequant_gguf.converter import ConvertOptions, convert
 from spikequant_gguf.divergence import divergence
 from spikequant_gguf.generate import Sampling, generate
 from spikequant_gguf.perplexity import perplexity
-from spikequant_gguf.runtime import RuntimeInfo
 from spikequant_gguf.texts import EVALUATION_FILE, default_evaluation_text
 
 CHUNKS = 2
-
-
-@pytest.fixture(scope="module")
-def real_models(
-    runtime: RuntimeInfo,
-    smollm2: Path,
-    quantized: Callable[[Path, str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
-    """F16, Q8_0 and Q4_0 by llama-quantize, SPK4 by our converter, all of the F16 file."""
-    f16 = quantized(smollm2, "F16")
-    spk4 = tmp_path_factory.mktemp("real") / "spk4.gguf"
-    convert(f16, spk4, ConvertOptions(threads=2))
-    return {
-        "f16": f16,
-        "q8_0": quantized(f16, "Q8_0"),
-        "q4_0": quantized(f16, "Q4_0"),
-        "spk4": spk4,
-    }
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spikequant_gguf.dequantize import OUTPUT_TYPES, dequantize
 from spikequant_gguf.ggml_patch.build import find_unpatched
 from spikequant_gguf.runtime import RuntimeInfo
 
@@ -62,6 +63,19 @@ def test_stock_types_give_the_same_logits(
     assert str(unpatched) not in results["patched"]["library"]
     assert results["patched"]["digests"] == results["unpatched"]["digests"]
     assert len(set(results["patched"]["digests"].values())) == len(models)
+
+
+@pytest.mark.parametrize("kind", OUTPUT_TYPES)
+def test_stock_llama_cpp_reads_a_dequantized_spike_model(
+    runtime: RuntimeInfo, unpatched: Path, tiny_models: dict[str, Path], tmp_path: Path, kind: str
+):
+    """And computes the same logits as the patched runtime."""
+    back = tmp_path / f"{kind}.gguf"
+    dequantize(tiny_models["spk4"], back, kind)
+    children = [run_child([back], path) for path in (unpatched, None)]
+    assert [child.returncode for child in children] == [0, 0], children[0].stderr
+    stock, patched = (json.loads(child.stdout)["digests"] for child in children)
+    assert stock == patched
 
 
 def test_stock_llama_cpp_refuses_a_spike_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf.constants import LlamaFileType, TokenType
+from gguf.constants import LlamaFileType, PoolingType, TokenType
 
 UNKNOWN, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
@@ -48,8 +48,12 @@ def write_tiny_model(
     chat_template: str | None = None,
     extra_pieces: int = 0,
     architecture: str = "llama",
+    pooling: PoolingType | None = None,
 ) -> Path:
-    """A GGUF of architecture llama or qwen2. dtype: of matrices. extra_pieces: a larger vocabulary."""
+    """A GGUF of architecture llama or qwen2.
+
+    dtype: of the matrices. extra_pieces: makes the vocabulary larger. pooling: of states to an embedding.
+    """
     rng = np.random.default_rng(seed)
     pieces = vocabulary()
     pieces += [(f"extra{number}", -1e4, TokenType.NORMAL) for number in range(extra_pieces)]
@@ -75,6 +79,8 @@ def write_tiny_model(
     writer.add_eos_token_id(EOS)
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
 

@@ -30,7 +30,7 @@ def convert(
         typer.Option(
             "--outfile",
             "-o",
-            help="File to write; {ftype} in it becomes spk4.",
+            help="File to write; {ftype} in it becomes spk4. A folder gets a file named after the model.",
             show_default="named after the model, in the current folder",
         ),
     ] = None,
@@ -75,6 +75,29 @@ def convert(
         Path | None,
         typer.Option("--tensor-type-file", help="File with one REGEX=TYPE per line.", show_default=False),
     ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option("--model-name", help="Name of the model in the file.", show_default="the source's"),
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option("--metadata", help="JSON file of authorship, with general.* keys.", show_default=False),
+    ] = None,
+    override_kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override-kv",
+            metavar="KEY=TYPE:VALUE",
+            help="Another key of the metadata, as in tokenizer.ggml.add_bos_token=bool:true; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--split-max-size", metavar="N(M|G)", help="Largest size of a file.", show_default="one file"
+        ),
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="Make embeddings and output SPK4, too.")] = False,
     threads: Threads = None,
     force: Force = False,
@@ -111,6 +134,10 @@ def convert(
             threads=threads,
             force=force,
             resume=resume,
+            metadata=metadata,
+            model_name=model_name,
+            override_kv=tuple(override_kv or ()),
+            split_max_size=split_max_size,
         )
         settings = CalibrationOptions(
             text=None if calibration is None else read_text(calibration),

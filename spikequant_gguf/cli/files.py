@@ -23,6 +23,7 @@ def add_commands(app: typer.Typer) -> None:
             "spikequant convert model-F16.gguf",
             "spikequant convert ./SmolLM2-135M-Instruct -o smollm2-SPK4.gguf",
             "spikequant convert model-F16.gguf --dry-run",
+            "spikequant convert model-F16.gguf --tensor-type 'ffn_down=q8_0' --split-max-size 4G",
         )
     )(convert)
     app.command(

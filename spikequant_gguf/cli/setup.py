@@ -17,6 +17,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "spikequant build",
+            "spikequant build --wheel dist   # a wheel for machines without a compiler",
             "spikequant build --sdist llama_cpp_python-0.3.36.tar.gz   # without network",
         )
     )(build)
@@ -34,6 +35,15 @@ def build(
         bool,
         typer.Option("--unpatched", help="Make the unpatched library, for comparisons; it is not installed."),
     ] = False,
+    wheel: Annotated[
+        Path | None,
+        typer.Option(
+            "--wheel",
+            metavar="FOLDER",
+            help="Put a portable wheel there, to install on other machines; nothing is installed here.",
+            show_default=False,
+        ),
+    ] = None,
     sdist: Annotated[
         Path | None, typer.Option("--sdist", help="Source package got by hand.", show_default="downloaded")
     ] = None,
@@ -56,7 +66,13 @@ def build(
 
         with console.progress() as progress:
             report = run(
-                portable=portable, unpatched=unpatched, sdist=sdist, jobs=jobs, force=force, progress=progress
+                portable=portable,
+                unpatched=unpatched,
+                wheel=wheel,
+                sdist=sdist,
+                jobs=jobs,
+                force=force,
+                progress=progress,
             )
         console.result(report.to_json, lambda out: show_build(out, report))
 
