@@ -29,8 +29,8 @@ _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
 
-# Memory that Python objects may take beyond the file's size, and about what some take: a few megabytes can list
-# millions of tiny strings.
+# Memory that Python objects may take beyond the size of the file, and about what some of them take: a few
+# megabytes can list millions of tiny strings.
 _OBJECT_BYTES = 56 << 20
 _ITEM_BYTES, _VALUE_BYTES, _TENSOR_BYTES = 10, 300, 900
 _LONG_STRING = 1 << 16

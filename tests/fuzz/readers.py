@@ -1,7 +1,8 @@
 """readers.py SEED COUNT [SECONDS]: damaged files for every Python reader. Success or SpikeQuantError.
 
 The system limits memory to what the process needs before it begins, and 64 MB: a reader that wants more for a
-file of a few kilobytes fails. The file that a reader fell over is kept in the current folder.
+file of a few kilobytes fails. The file that a reader fell over is kept in the current folder. PYTHONPATH names
+the folder of the tests.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutations import (
     Mutator,
