@@ -1,4 +1,4 @@
-"""The short part of what `make fuzz` does for longer: damaged files for every reader, any bytes for native code."""
+"""The short part of what `make fuzz` does: damaged files for readers, any bytes for native code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """models.py SEED COUNT [SECONDS]: damaged spike models for the installed runtime, each in its own process.
 
 Damaged are the data of SPK4 tensors, their entries in the tensor list and our metadata; now and then the file
-is cut off. Each is loaded and, if that works, asked for the next token. Refusal or success, but no crash: a file
+is cut off. Each is loaded and, if that works, asked for the next token. Refusal or success, no crash: a file
 that ends a process by a signal is kept in the current folder. PYTHONPATH names the folder of the tests.
 """
 
