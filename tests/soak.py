@@ -31,6 +31,7 @@ CONTEXT = 512
 TOKENS = 24
 LARGEST_GROWTH = 32 << 20
 PATIENCE_SECONDS = 300
+# No two begin alike: the server keeps what it has computed for the beginning of the last prompt.
 PROMPTS = [
     "The capital of France is",
     "A neuron is a cell that",
@@ -38,7 +39,7 @@ PROMPTS = [
     "Water boils at",
     "def add(a, b):",
     "Once upon a time there was",
-    "The three primary colours are",
+    "Three primary colours are",
     "2 + 2 =",
 ]
 
@@ -136,8 +137,10 @@ def soak(model: Path, seconds: float, seed: int = 1) -> Soak:
     """Runs server and clients."""
     result = Soak()
     with serve(model) as server:
-        alone = {prompt: server.ask(prompt) for prompt in PROMPTS}
-        if any(status != 200 for status, _ in alone.values()):
+        # A prompt that comes again right away finds itself computed but for its last token. Stock attention
+        # sums in another order for one token than for many: this may be another answer, to a lone client, too.
+        alone = {prompt: [server.ask(prompt) for _ in range(2)] for prompt in PROMPTS}
+        if any(status != 200 for answers in alone.values() for status, _ in answers):
             raise SystemExit(f"error: the server fails a lone client: {alone}")
         started = time.monotonic()
         end = started + seconds
@@ -156,7 +159,9 @@ def soak(model: Path, seconds: float, seed: int = 1) -> Soak:
     return result
 
 
-def _client(server: Server, alone: dict[str, tuple[int, str]], end: float, seed: int, result: Soak) -> None:
+def _client(
+    server: Server, alone: dict[str, list[tuple[int, str]]], end: float, seed: int, result: Soak
+) -> None:
     rng = random.Random(seed)
     while time.monotonic() < end and not result.failures:
         prompt = rng.choice(PROMPTS)
@@ -164,7 +169,7 @@ def _client(server: Server, alone: dict[str, tuple[int, str]], end: float, seed:
         try:
             if kind == "whole":
                 found = server.ask(prompt)
-                if found != alone[prompt]:
+                if found not in alone[prompt]:
                     result.failures.append(f"{prompt!r}: {found} instead of {alone[prompt]}")
             elif kind == "cancelled":
                 status = server.cancel(prompt, rng.randint(1, 2000))
