@@ -1,6 +1,8 @@
 # make demo    everything from a bare machine to a comparison of SPK4 with Q4_0 on SmolLM2-135M
 # make test    the tests, with the patched and the unpatched runtime
 # make bench   the benchmarks
+# make fuzz    damaged files and random bytes for FUZZ_SECONDS (600), then faults at every call; needs clang
+# make soak    llama-cpp-python's server under load for SOAK_SECONDS (1200)
 # make clean   forget the environment (the build cache stays; see `spikequant doctor` for its place)
 #
 # PYTHON=python3.12 chooses the interpreter. The environment is .venv, runtimes are built once and cached.
@@ -14,7 +16,7 @@ STAMPS := $(VENV)/.stamps
 export SPIKEQUANT_KEEP_TREE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench setup runtime unpatched clean
+.PHONY: demo test bench fuzz soak setup runtime unpatched clean
 .DEFAULT_GOAL := test
 
 demo: runtime
@@ -26,6 +28,13 @@ test: runtime unpatched
 bench: runtime
 	@$(BIN)/python benchmarks/matmul.py
 	@$(BIN)/python benchmarks/end_to_end.py
+
+fuzz: runtime
+	@PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py
+	@SPIKEQUANT_LONG_TESTS=1 $(BIN)/pytest tests/test_faults.py
+
+soak: runtime
+	@PYTHONPATH=tests $(BIN)/python tests/soak.py
 
 setup: $(STAMPS)/packages
 

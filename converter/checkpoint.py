@@ -26,7 +26,7 @@ from .shards import Shards, check_shards
 
 __all__ = ["Checkpoint", "checkpoint_tensors", "checkpoint_to_gguf", "download", "hub_id", "open_checkpoint"]
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What a conversion may need beside the weights: configuration, tokenizer, chat template, model card.
 _PATTERNS = (
     *("*.json", "*.jsonl", "*.jinja", "*.md", "*.model", "*.model.v3", "*.tiktoken", "*.txt"),
@@ -87,7 +87,7 @@ class Checkpoint:
 
 def hub_id(text: str) -> bool:
     """Whether a text has the form of an id on Hugging Face, ``owner/name``."""
-    return _HUB_ID.match(text) is not None
+    return _HUB_ID.fullmatch(text) is not None
 
 
 def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:

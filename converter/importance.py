@@ -66,7 +66,8 @@ class Importance:
             return None
         sums = np.asarray(entry.sums[matrix * n_in : (matrix + 1) * n_in], np.float32)
         count = np.rint(entry.counts[matrix if len(entry.counts) > 1 else 0])
-        values = sums / count if count > 0 else np.ones(n_in, np.float32)
+        with np.errstate(all="ignore"):  # what is not finite then is refused below
+            values = sums / count if count > 0 else np.ones(n_in, np.float32)
         if len(values) != n_in or not (np.isfinite(values) & (values >= 0)).all():
             raise InputError(
                 f"{self.path}: the values of tensor '{name}' are not all finite and 0 or more", _REMEDY

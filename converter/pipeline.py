@@ -292,6 +292,8 @@ class _Model:
 
 def _find(source: str | os.PathLike[str], progress: Progress) -> _Model:
     text = os.fspath(source)
+    if "\0" in text:
+        raise InputError(f"{text}: no path has a NUL in it", "give the path of a file or folder, or an id")
     path = Path(text)
     try:
         if text and path.is_dir():

@@ -13,8 +13,14 @@ __all__ = [
 ]
 
 
+_LONGEST = 1000
+
+
 class SpikeQuantError(Exception):
     """Base of all errors that this package raises on purpose.
+
+    Names in the message may come from a hostile file: what a terminal would obey is escaped, what is too long
+    is shortened.
 
     Attributes:
         message: one sentence that says what is wrong.
@@ -25,9 +31,19 @@ class SpikeQuantError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, remedy: str | None = None) -> None:
+        message = _printable(message)
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+
+def _printable(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 class InputError(SpikeQuantError):

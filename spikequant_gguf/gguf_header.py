@@ -1,16 +1,17 @@
 """Reads metadata and tensor list of a GGUF file, with every length checked against the file's size.
 
 gguf.GGUFReader trusts the counts in a file, so that a damaged one may keep it busy for ever; this reader
-names the problem instead. It reads no tensor data.
+names the problem instead. It reads no tensor data, and takes less memory than the file's size and 64 MB.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import BinaryIO, Union
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -27,6 +28,12 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
+
+# Memory that Python objects may take beyond the size of the file, and about what some of them take: a few
+# megabytes can list millions of tiny strings.
+_OBJECT_BYTES = 56 << 20
+_ITEM_BYTES, _VALUE_BYTES, _TENSOR_BYTES = 10, 300, 900
+_LONG_STRING = 1 << 16
 
 # GGUF value types: NumPy type of scalars, by number
 _SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", None, None, "<u8", "<i8", "<f8")
@@ -80,21 +87,31 @@ class GGUFHeader:
 
 
 class _Cursor:
-    """A position in the file's bytes. Reading past the end raises InputError."""
+    """A position in the file. Reading past the end raises InputError."""
 
-    def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
-        self.data = data
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path = path
         self.at = 0
+        self.size = os.fstat(file.fileno()).st_size
+        self._file = file
+        self._objects = 0
 
     def error(self, problem: str) -> InputError:
         return InputError(f"{self.path}: {problem}", "download or convert the model again")
 
     def take(self, n_bytes: int, what: str) -> bytes:
-        if n_bytes > len(self.data) - self.at:
-            raise self.error(f"the file is cut off or damaged: {what} at byte {self.at} does not fit into it")
-        self.at += n_bytes
-        return self.data[self.at - n_bytes : self.at]
+        if n_bytes <= self.size - self.at:
+            data = self._file.read(n_bytes)
+            self.at += len(data)
+            if len(data) == n_bytes:
+                return data
+        raise self.error(f"the file is cut off or damaged: {what} at byte {self.at} does not fit into it")
+
+    def account(self, n_bytes: int, what: str) -> None:
+        """Counts memory of objects. Raises InputError when they take too much."""
+        self._objects += n_bytes
+        if self._objects > self.size + _OBJECT_BYTES:
+            raise self.error(f"the header is damaged: {what} and those before it would fill the memory")
 
     def u32(self, what: str) -> int:
         return struct.unpack("<I", self.take(4, what))[0]
@@ -103,7 +120,13 @@ class _Cursor:
         return struct.unpack("<Q", self.take(8, what))[0]
 
     def string(self, what: str) -> str:
-        return self.take(self.u64(what), what).decode("utf-8", "backslashreplace")
+        n_bytes = self.u64(what)
+        if n_bytes > _LONG_STRING and n_bytes <= self.size - self.at:
+            # one character beyond ASCII can make all four bytes wide, and so does a byte that is no text
+            self.account(5 * n_bytes, what)
+        text = self.take(n_bytes, what).decode("utf-8", "backslashreplace")
+        self.account(sys.getsizeof(text) + _ITEM_BYTES, what)
+        return text
 
     def value(self, key: str) -> MetadataValue:
         what = f"metadata '{key}'"
@@ -114,7 +137,7 @@ class _Cursor:
             kind = self.u32(what)
             count = self.u64(what)
             if kind == _STRING:
-                if count > (len(self.data) - self.at) // 8:
+                if count > (self.size - self.at) // 8:
                     raise self.error(f"the file is cut off or damaged: {what} claims {count} strings")
                 return [self.string(what) for _ in range(count)]
             dtype = self.scalar(kind, what)
@@ -138,10 +161,10 @@ def read_header(path: str | Path) -> GGUFHeader:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise InputError(f"{path}: the file is empty", "download or convert the model again")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data, path))
+            cursor = _Cursor(file, path)
+            if cursor.size == 0:
+                raise cursor.error("the file is empty")
+            return _parse(cursor)
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror or error}", "check the path and its permissions"
@@ -149,9 +172,8 @@ def read_header(path: str | Path) -> GGUFHeader:
 
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
-    if cursor.data[: len(_MAGIC)] != _MAGIC:
+    if cursor.take(min(len(_MAGIC), cursor.size), "magic") != _MAGIC:
         raise InputError(f"{cursor.path}: not a GGUF file", "give the path of a .gguf model")
-    cursor.at = len(_MAGIC)
     version = cursor.u32("version")
     if version not in _VERSIONS:
         big_endian = version & 0xFFFF == 0
@@ -166,6 +188,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         key = cursor.string(f"metadata key {number}")
         if key in metadata:
             raise cursor.error(f"metadata '{key}' is there twice")
+        cursor.account(_VALUE_BYTES, f"metadata '{key}'")
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -182,12 +205,13 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         TensorInfo(name, shape, type_id, data_offset + offset, _size(shape, type_id))
         for name, shape, type_id, offset in entries
     )
-    return GGUFHeader(len(cursor.data), version, metadata, tensors, alignment, data_offset)
+    return GGUFHeader(cursor.size, version, metadata, tensors, alignment, data_offset)
 
 
 def _tensor_entry(cursor: _Cursor, number: int) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string(f"name of tensor {number}")
     what = f"entry of tensor '{name}'"
+    cursor.account(_TENSOR_BYTES, what)
     n_dims = cursor.u32(what)
     if not 1 <= n_dims <= _MAX_DIMS:
         raise cursor.error(f"tensor '{name}' has {n_dims} dimensions, not 1 to {_MAX_DIMS}")

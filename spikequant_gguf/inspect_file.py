@@ -230,6 +230,8 @@ def _summary(
 
 def _is_rotated(path: Path, tensor: TensorInfo) -> bool | None:
     """What the first block says; `verify` checks that all others agree. None if the file ends before it."""
+    if tensor.offset >= path.stat().st_size:  # any 64-bit number, and more than can be sought
+        return None
     with path.open("rb") as file:
         file.seek(tensor.offset)
         raw = file.read(BLOCK_SPK4.itemsize)

@@ -1,4 +1,8 @@
-"""Checks a whole GGUF file: the data of every SPK4 tensor, its bounds, and the spike metadata."""
+"""Checks a whole GGUF file: bounds and data of every tensor, and the spike metadata.
+
+Of SPK4 every rule of the format is checked; floats, and the scales of the usual stock types, must be finite.
+The file is read in pieces, once, and never mapped: one that becomes shorter meanwhile is an error, no crash.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from .errors import FormatError, SpikeQuantError
+from .errors import FormatError, InputError, SpikeQuantError
 from .format import (
     BLOCK_SPK4,
     FORMAT_VERSION,
@@ -39,6 +44,23 @@ from .validation import first_weight_fault
 __all__ = ["Fault", "TensorReport", "VerifyReport", "verify_file"]
 
 _CHUNK_BYTES = 1 << 20  # stays in the cache of a core
+_T = GGMLQuantizationType
+
+# Exponent bits of floats; all of them set is infinity or NaN.
+_F16_EXPONENT, _BF16_EXPONENT, _F32_EXPONENT = 0x7C00, 0x7F80, 0x7F800000
+_FLOATS = {
+    _T.F32: ("<u4", _F32_EXPONENT),
+    _T.F16: ("<u2", _F16_EXPONENT),
+    _T.BF16: ("<u2", _BF16_EXPONENT),
+}
+# Places of the f16 scales in a block of a stock type: ggml-common.h of the pinned ggml.
+_SCALES = {
+    **dict.fromkeys((_T.Q4_0, _T.Q5_0, _T.Q8_0, _T.IQ4_NL, _T.IQ4_XS), (0,)),
+    **dict.fromkeys((_T.Q4_1, _T.Q5_1, _T.Q4_K, _T.Q5_K), (0, 2)),
+    _T.Q2_K: (80, 82),
+    _T.Q3_K: (108,),
+    _T.Q6_K: (208,),
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class VerifyReport:
         file_bytes: its size.
         version: of the spike format, as the metadata say; None if they do not.
         tensors: the SPK4 tensors without fault.
-        other_tensors: number of tensors of other types, of which only the bounds were checked.
+        other_tensors: number of tensors of other types.
         faults: the first fault of every faulty tensor, and those of the metadata; empty if the file is valid.
         warnings: what is odd, but allowed.
         seconds: time taken.
@@ -115,7 +137,7 @@ class VerifyReport:
 
 
 def verify_file(path: str | Path) -> VerifyReport:
-    """Checks a GGUF file. Reads all SPK4 data once, in pieces.
+    """Checks a GGUF file.
 
     Raises:
         InputError: the file cannot be read, is no GGUF file, or its header is damaged. All else is reported.
@@ -129,14 +151,15 @@ def verify_file(path: str | Path) -> VerifyReport:
     unreadable = {fault.tensor for fault in out_of_bounds}
 
     reports: list[TensorReport] = []
-    data = np.memmap(path, np.uint8, mode="r")
     spiking = [tensor for tensor in header.tensors if tensor.type_id == TYPE_SPK4]
-    for tensor in spiking:
-        if tensor.name not in unreadable:
-            found = _check_tensor(tensor, data)
+    with _Data(Path(path)) as data:
+        for tensor in header.tensors:
+            if tensor.name in unreadable:
+                continue
+            found = _check_spikes(tensor, data) if tensor.type_id == TYPE_SPK4 else _check_stock(tensor, data)
             if isinstance(found, Fault):
                 faults.append(found)
-            else:
+            elif found is not None:
                 reports.append(found)
     faults += _check_metadata(header, {tensor.name for tensor in spiking}, warnings)
     version = header.metadata.get(KEY_VERSION)
@@ -193,16 +216,13 @@ def _shape_fault(tensor: TensorInfo) -> str | None:
     return None
 
 
-def _check_tensor(tensor: TensorInfo, data: NDArray[np.uint8]) -> TensorReport | Fault:
+def _check_spikes(tensor: TensorInfo, data: _Data) -> TensorReport | Fault:
     n_blocks = tensor.shape[0] // QK_SPK
     row_bytes = n_blocks * BLOCK_SPK4.itemsize
-    rows_at_once = max(1, _CHUNK_BYTES // row_bytes)
     rotation: int | None = None
     salient_weights = 0
-    for first in range(0, tensor.n_rows, rows_at_once):
-        rows = min(rows_at_once, tensor.n_rows - first)
-        start = tensor.offset + first * row_bytes
-        blocks = data[start : start + rows * row_bytes].view(BLOCK_SPK4).reshape(rows, n_blocks)
+    for first, rows in data.pieces(tensor.offset, tensor.n_rows * row_bytes, row_bytes):
+        blocks = rows.view(BLOCK_SPK4)
         if rotation is None:
             rotation = int(blocks["header"][0, 0]) & SPK4_NOT_ROTATED
         fault = first_weight_fault(blocks, rotation)
@@ -213,6 +233,67 @@ def _check_tensor(tensor: TensorInfo, data: NDArray[np.uint8]) -> TensorReport |
     return TensorReport(
         tensor.name, tensor.n_rows, tensor.shape[0], tensor.n_rows * row_bytes, rotation == 0, salient_weights
     )
+
+
+def _check_stock(tensor: TensorInfo, data: _Data) -> Fault | None:
+    kind = _T._value2member_map_.get(tensor.type_id)
+    if not tensor.n_bytes or (kind not in _FLOATS and kind not in _SCALES):
+        return None
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    for first, blocks in data.pieces(tensor.offset, tensor.n_bytes, block_bytes):
+        if kind in _FLOATS:
+            dtype, exponent = _FLOATS[kind]
+            values = blocks.view(dtype)
+        else:
+            exponent = _F16_EXPONENT
+            values = blocks.view("<u2")[:, [place // 2 for place in _SCALES[kind]]]
+        infinite = (values & exponent == exponent).any(axis=1)
+        if infinite.any():
+            row, index = divmod(first + int(np.argmax(infinite)), tensor.shape[0] // per_block)
+            if kind in _FLOATS:
+                return Fault(f"value {index} is not finite", tensor.name, row)
+            return Fault("a scale is not finite", tensor.name, row, index)
+    return None
+
+
+class _Data:
+    """Reads tensor data in pieces that stay in the cache. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._buffer = np.empty(0, np.uint8)
+
+    def __enter__(self) -> _Data:
+        self._file = self._path.open("rb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def pieces(self, offset: int, n_bytes: int, unit_bytes: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Index of a first row or block, and uint8[n, unit_bytes], which the next piece overwrites."""
+        n_units = n_bytes // unit_bytes
+        step = max(1, _CHUNK_BYTES // unit_bytes)
+        for first in range(0, n_units, step):
+            count = min(step, n_units - first)
+            yield first, self._read(offset + first * unit_bytes, count * unit_bytes).reshape(count, -1)
+
+    def _read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+        if len(self._buffer) < n_bytes:
+            self._buffer = np.empty(n_bytes, np.uint8)
+        wanted = memoryview(self._buffer)[:n_bytes]
+        try:
+            self._file.seek(offset)
+            while wanted:
+                n_read = self._file.readinto(wanted)
+                if not n_read:
+                    raise InputError(
+                        f"{self._path}: the file became shorter while it was read", "start again"
+                    )
+                wanted = wanted[n_read:]
+        except OSError as error:
+            raise InputError(f"{self._path}: {error.strerror or error}", "check the disk") from error
+        return self._buffer[:n_bytes]
 
 
 # ---- metadata

@@ -47,7 +47,7 @@ class Target:
 @cache
 def target_of(architecture: str) -> Target:
     """This machine's own programs, or Debian's cross compiler and emulator for aarch64."""
-    if architecture == host_architecture():
+    if architecture in (host_architecture(), "host"):
         return Target(architecture, (), "objdump", ())
     prefix = "aarch64-linux-gnu"
     emulators = ("qemu-aarch64-static", "qemu-aarch64")
@@ -61,19 +61,27 @@ def target_of(architecture: str) -> Target:
     return Target("aarch64", options, f"{prefix}-objdump", (emulator,))
 
 
-def build(target: Target, folder: Path, sanitizers: str = "") -> Path:
+def build(
+    target: Target,
+    folder: Path,
+    sanitizers: str = "",
+    *,
+    source: Path = SOURCE,
+    options: tuple[str, ...] = (),
+) -> Path:
     """Compile into the folder, with the flags of a release; returns the folder. Fails with the compiler's
-    words. sanitizers: as the compiler's -fsanitize takes them.
+    words. sanitizers: as the compiler's -fsanitize takes them. options: more of them for CMake.
     """
     tools = find_toolchain()
-    options = [
+    settings = [
         f"-DCMAKE_MAKE_PROGRAM={tools.ninja}",
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DSANITIZE={sanitizers}",
         *target.cmake_options,
+        *options,
     ]
     for command in (
-        [tools.cmake, "-S", SOURCE, "-B", folder, "-G", "Ninja", *options],
+        [tools.cmake, "-S", source, "-B", folder, "-G", "Ninja", *settings],
         [tools.cmake, "--build", folder],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

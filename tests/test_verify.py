@@ -40,7 +40,9 @@ def rows(n_rows: int, n_in: int, seed: int = 0) -> np.ndarray:
     return encode_weights(weights)
 
 
-def write_model(path: Path, metadata: dict | None = None, tensors: dict | None = None) -> Path:
+def write_model(
+    path: Path, metadata: dict | None = None, tensors: dict | None = None, stock: dict | None = None
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in (metadata if metadata is not None else {f.KEY_VERSION: 1, **ENCODER}).items():
         if isinstance(value, list):
@@ -61,6 +63,8 @@ def write_model(path: Path, metadata: dict | None = None, tensors: dict | None =
             data.dtype
         )
         writer.add_tensor(name, data if kind is None else blocks_to_bytes(data), raw_dtype=kind)
+    for name, (data, kind) in (stock or {}).items():
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -177,6 +181,69 @@ def test_rotation_differs_in_a_later_piece(tmp_path):
     assert (fault.row, fault.block) == (2**21 // 36, 0) and "rotation" in fault.reason
 
 
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+)
+def test_scales_of_stock_types(tmp_path, kind):
+    """The places of the scales: those bytes alone that make a block's values infinite, whatever they hold."""
+    kind = GGMLQuantizationType[kind]
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 32, (3, 2 * block_bytes), np.uint8)
+    places = []
+    for place in range(0, block_bytes, 2):
+        damaged = data.copy()
+        damaged[1, block_bytes + place : block_bytes + place + 2] = (0x00, 0xFC)  # minus infinity
+        with np.errstate(all="ignore"):
+            if not np.isfinite(gguf.quants.dequantize(damaged, kind)).all():
+                places.append(place)
+        path = write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 1}, {Q: rows(2, 64)}, {"s": (damaged, kind)})
+        faults = verify_file(path).faults
+        if places[-1:] == [place]:
+            (fault,) = faults
+            assert (fault.tensor, fault.row, fault.block) == ("s", 1, 1) and "scale" in fault.reason
+        else:
+            assert not faults
+    assert 1 <= len(places) <= 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_floats_must_be_finite(tmp_path, dtype, bad):
+    values = np.ones((3, 70), dtype)
+    values[2, 69] = bad
+    fault = only_fault(
+        write_model(tmp_path / "m.gguf", None, {Q: rows(40, 128), DOWN: rows(3, 192), "n": values})
+    )
+    assert (fault.tensor, fault.row, fault.reason) == ("n", 2, "value 69 is not finite")
+
+
+def test_file_that_becomes_shorter(model, monkeypatch):
+    header = read_header(model)
+    with model.open("r+b") as file:
+        file.truncate(tensor_at(model, DOWN).offset + 10)
+    monkeypatch.setattr("spikequant_gguf.verify.read_header", lambda _: header)
+    with pytest.raises(InputError, match="became shorter"):
+        verify_file(model)
+
+
+def test_header_that_would_fill_the_memory(tmp_path):
+    """Millions of tiny strings, keys and tensors: refused before they are all there."""
+    n = 3_000_000
+    names = b"".join(string(f"{number:02x}") for number in range(256)) * (n // 256)
+    texts = string("k") + struct.pack("<IIQ", 9, 8, n // 256 * 256) + names
+    path = tmp_path / "m.gguf"
+    for raw in (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + texts,
+        header_bytes([(f"{number:x}", (1,), 0, 0) for number in range(150_000)]),
+        header_bytes(
+            [], b"".join(string(f"{n:x}") + struct.pack("<IB", 0, 0) for n in range(500_000)), 500_000
+        ),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match="would fill the memory"):
+            verify_file(path)
+
+
 def test_every_faulty_tensor_is_reported(model):
     for name in (Q, DOWN):
         patch(model, tensor_at(model, name).offset + 3, b"\x01")
@@ -247,10 +314,11 @@ def header_bytes(
     entries: list[tuple[str, tuple[int, ...], int, int]], values: bytes = b"", n_values: int = 0
 ) -> bytes:
     """A GGUF header written by hand, for what gguf.GGUFWriter refuses to write."""
-    raw = b"GGUF" + struct.pack("<IQQ", 3, len(entries), n_values) + values
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), n_values), values]
     for name, shape, type_id, offset in entries:
-        raw += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
-        raw += struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", type_id, offset)
+        parts += [struct.pack("<Q", len(name)), name.encode(), struct.pack("<I", len(shape))]
+        parts += [struct.pack(f"<{len(shape)}Q", *shape), struct.pack("<IQ", type_id, offset)]
+    raw = b"".join(parts)
     return raw + bytes(-len(raw) % 32)
 
 

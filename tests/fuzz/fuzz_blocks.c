@@ -1,0 +1,73 @@
+// Any bytes as rows of SPK4 and as tokens of SPKA: validated, decoded, repacked and back, and multiplied as stored.
+#include "fuzz.h"
+
+#include "spike/cpu/spike-cpu.h"
+#include "spike/cpu/spike-layout.h"
+#include "spike/cpu/spike-potentials.h"
+
+#include <math.h>
+
+static bool headers_agree(const block_spk4 * rows, int64_t n_rows, int64_t n_blocks) {
+    for (int64_t i = 0; i < n_rows*n_blocks; i++) {
+        if (rows[i].header != rows[i/n_blocks*n_blocks].header) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    fuzz_input input = fuzz_open(data, size);
+    const int64_t n_blocks = 1 + fuzz_byte(&input) % 4;
+    const int64_t n_rows   = 1 + fuzz_byte(&input) % 3;
+    const bool    alike    = fuzz_byte(&input) & 1; // rows as a quantizer makes them, but for the rest of their bytes
+    const size_t  n_weights = (size_t) (n_rows*n_blocks);
+    block_spk4 * weights = fuzz_allocate(n_weights*sizeof(block_spk4));
+    block_spka * token   = fuzz_allocate((size_t) n_blocks*sizeof(block_spka));
+    float      * values  = fuzz_allocate((size_t) n_blocks*QK_SPK*sizeof(float));
+    fuzz_fill(&input, weights, n_weights*sizeof(block_spk4));
+    fuzz_fill(&input, token, (size_t) n_blocks*sizeof(block_spka));
+    if (alike) {
+        for (size_t i = 0; i < n_weights; i++) {
+            weights[i].header = weights[i/(size_t) n_blocks*(size_t) n_blocks].header;
+        }
+        for (int64_t b = 1; b < n_blocks; b++) {
+            memcpy(token + b, token, 8);
+        }
+    }
+
+    const bool valid = spike_validate_tensor("weights", weights, n_blocks*QK_SPK, n_rows);
+    for (size_t i = 0; i < n_weights; i++) {
+        const bool sound = spike_check_weights(weights + i) == NULL;
+        fuzz_require(sound || !valid, "a valid tensor has valid blocks");
+        fuzz_require(sound == spike_validate_weights(weights + i, 1), "both checks of a block agree");
+    }
+    for (int64_t b = 0; b < n_blocks; b++) {
+        fuzz_require((spike_check_activations(token + b) == NULL) == spike_validate_activations(token + b, 1), "both checks of a token agree");
+    }
+
+    for (int64_t r = 0; r < n_rows; r++) {
+        dequantize_row_spk4(weights + r*n_blocks, values, n_blocks*QK_SPK);
+        for (int64_t i = 0; valid && i < n_blocks*QK_SPK; i++) {
+            fuzz_require(isfinite(values[i]), "valid weights are finite");
+        }
+        float product = 0.0f;
+        ggml_vec_dot_spk4_spka((int) (n_blocks*QK_SPK), &product, 0, weights + r*n_blocks, 0, token, 0, 1);
+    }
+    dequantize_row_spka(token, values, n_blocks*QK_SPK);
+
+    const spike_layout layout = spike_layout_of(n_blocks*QK_SPK, n_rows);
+    uint8_t    * packed = fuzz_allocate(layout.size);
+    block_spk4 * back   = fuzz_allocate(n_weights*sizeof(block_spk4));
+    spike_pack_matrix(&layout, weights, packed);
+    spike_unpack_matrix(&layout, packed, back);
+    if (headers_agree(weights, n_rows, n_blocks)) {
+        fuzz_require(memcmp(weights, back, n_weights*sizeof(block_spk4)) == 0, "repacked weights come back");
+    }
+    free(back);
+    free(packed);
+    free(values);
+    free(token);
+    free(weights);
+    return 0;
+}
