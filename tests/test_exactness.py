@@ -211,7 +211,7 @@ def test_coarse_values_far_beyond_fine_ones(tokens):
         x[t, : 64 * (1 if t % 4 else 19)] *= 2.0 ** (17 - t % 11)  # in one or almost half of 40 blocks
     expected = expected_product(weights, x)
     encoded = codec.encode_activations(x)
-    fine, coarse, shift, _ = codec.activation_values(encoded)
+    fine, coarse, _, shift = codec.activation_values(encoded)
     merged = np.abs(fine).sum(axis=-1) + np.abs(coarse).sum(axis=-1, dtype=np.int64) * 2.0**shift
     assert (31 * merged > 2**31).any() and (31 * merged < 2**24).any()
     assert same(mul_mat(TYPE_SPK4, blocks_to_bytes(weights), x, buffer="CPU_SPIKE"), expected)
