@@ -14,7 +14,7 @@ from spikequant_gguf.ggml_patch.toolchain import cpu_features, find_toolchain
 SOURCE = Path(__file__).parent / "native"
 DEBIAN_PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static"
 KERNELS = {"x86_64": ("plain-c", "avx2", "avx512"), "aarch64": ("plain-c", "neon")}
-_NEEDED = {"avx2": ("avx2",), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vbmi")}
+_NEEDED = {"avx2": ("avx2",), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vbmi2")}
 
 
 def host_architecture() -> str:

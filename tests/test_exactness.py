@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -140,7 +141,7 @@ def test_ten_million_weights():
     st.integers(0, 2**32 - 1),
     st.integers(1, 300),
     st.integers(1, 9),
-    st.sampled_from([1, 2, 3, 5, 8, 31, 33]),
+    st.sampled_from([1, 2, 3, 4, 5, 8, 31, 64, 65, 130]),
 )
 def test_product(weight_kind, kind, seed, rows, blocks, tokens):
     weights = codec.encode_weights(draw(weight_kind, seed, rows, 64 * blocks))
@@ -155,7 +156,7 @@ def test_product(weight_kind, kind, seed, rows, blocks, tokens):
 
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("shape", [(1, 64, 1), (129, 576, 1), (576, 1536, 33), (2051, 192, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 1), (129, 576, 1), (576, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str)
 def test_threads(buffer, threads, shape):
     rows, n_in, tokens = shape
     weights = codec.encode_weights(draw("laplace", 1, rows, n_in))
@@ -167,12 +168,13 @@ def test_threads(buffer, threads, shape):
             assert same(product.output(), expected_product(weights, x))
 
 
+@pytest.mark.parametrize("tokens", [3, 26])
 @pytest.mark.parametrize("n_in", [4032, 4096, 8128, 33792])
-def test_long_rows(n_in):
+def test_long_rows(n_in, tokens):
     """More inputs than one program of spikes holds, and every potential at its limit."""
     for w_kind, x_kind in (("normal", "normal"), ("outliers", "outliers")):
         weights = codec.encode_weights(draw(w_kind, 3, 130, n_in))
-        x = draw(x_kind, 4, 3, n_in)
+        x = draw(x_kind, 4, tokens, n_in)
         for buffer in BUFFERS:
             found = mul_mat(TYPE_SPK4, blocks_to_bytes(weights), x, buffer=buffer, threads=2)
             assert same(found, expected_product(weights, x)), (buffer, w_kind)
@@ -194,8 +196,25 @@ def test_lanes_at_their_limit(extreme):
     x[2, ::2] *= -2000  # coarse
     for matrix, rotated in ((weights, True), (unrotated, False)):
         expected = codec.matmul(matrix, codec.encode_activations(x, rotated=rotated))
-        for buffer in BUFFERS:
-            assert same(mul_mat(TYPE_SPK4, blocks_to_bytes(matrix), x, buffer=buffer), expected), buffer
+        for buffer, copies in itertools.product(BUFFERS, (1, 30)):  # few tokens, and many
+            found = mul_mat(TYPE_SPK4, blocks_to_bytes(matrix), np.tile(x, (copies, 1)), buffer=buffer)
+            assert same(found, np.tile(expected, (copies, 1))), (buffer, copies)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_coarse_values_far_beyond_fine_ones(tokens):
+    """Shifts up to the largest, which sums of fine and coarse potentials outgrow: alone and beside ordinary tokens."""
+    n_in = 2560
+    weights = codec.encode_weights(draw("normal", 11, 300, n_in))
+    x = draw("normal", 12, tokens, n_in)
+    for t in range(0, tokens, 2):
+        x[t, : 64 * (1 if t % 4 else 19)] *= 2.0 ** (17 - t % 11)  # in one or almost half of 40 blocks
+    expected = expected_product(weights, x)
+    encoded = codec.encode_activations(x)
+    fine, coarse, _, shift = codec.activation_values(encoded)
+    merged = np.abs(fine).sum(axis=-1) + np.abs(coarse).sum(axis=-1, dtype=np.int64) * 2.0**shift
+    assert (31 * merged > 2**31).any() and (31 * merged < 2**24).any()
+    assert same(mul_mat(TYPE_SPK4, blocks_to_bytes(weights), x, buffer="CPU_SPIKE"), expected)
 
 
 @pytest.mark.parametrize("buffer", BUFFERS)
@@ -254,7 +273,7 @@ found = {}
 for seed in range(60):
     rng = np.random.default_rng(seed)
     rows, blocks = int(rng.integers(1, 400)), int(rng.integers(1, 30))
-    tokens = int(rng.choice([1, 2, 3, 7, 17, 40]))
+    tokens = int(rng.choice([1, 2, 3, 7, 17, 40, 70]))
     kind = ["normal", "outliers", "sparse", "laplace"][seed % 4]
     weights = codec.encode_weights(draw(kind, seed, rows, 64 * blocks))
     x = draw(kind, seed + 1000, tokens, 64 * blocks)

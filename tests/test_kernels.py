@@ -27,8 +27,8 @@ class _Kernels(ctypes.Structure):
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
-        ("tokens_for_lines", c_int64),
         ("integrate_ahead", ctypes.CFUNCTYPE(None, *(c_void_p,) * 6)),
+        ("prompt", c_void_p),
     ]
 
 
@@ -37,11 +37,11 @@ def _runs(name: str) -> bool:
     needed = {
         "plain_c": [],
         "avx2": ["avx2"],
-        "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512vbmi"],
+        "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_vbmi", "avx512vbmi"],
     }
     wanted = needed[name]
     if name == "avx512":
-        return all(flag in flags for flag in wanted[:3]) and any(flag in flags for flag in wanted[3:])
+        return all(flag in flags for flag in wanted[:4]) and any(flag in flags for flag in wanted[4:])
     return all(flag in flags for flag in wanted)
 
 

@@ -30,6 +30,9 @@ ARCHITECTURES = list(dict.fromkeys((host_architecture(), "aarch64")))
 CASES = [(architecture, kernel) for architecture in ARCHITECTURES for kernel in KERNELS[architecture]]
 OBJECTS = {"plain-c": "spike-plain", "avx2": "spike-avx2", "avx512": "spike-avx512", "neon": "spike-neon"}
 LEAST_PRODUCTS = 500
+PROMPT_SUBJECTS = {"prompts", "salients", "transpositions", "lists"}
+# by the end of the file's name, the functions that accumulate
+ACCUMULATING = {"": {"integrate", "add_salient"}, "-prompt": {"integrate_schedule", "add_salient_lines"}}
 ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
 
 
@@ -87,6 +90,9 @@ def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str
     report = report_of(built, architecture, kernel)
     assert report["products"][0] >= LEAST_PRODUCTS and report["products"][1] == 0
     assert report["salients"][0] > 0 and report["salients"][1] == 0
+    report = report_of(built.with_name("check_prompts"), architecture, kernel)
+    assert report["prompts"][0] >= LEAST_PRODUCTS and set(report) == PROMPT_SUBJECTS
+    assert all(number > 0 and wrong == 0 for number, wrong, _ in report.values())
 
 
 @pytest.mark.parametrize("kernel", KERNELS[host_architecture()])
@@ -94,6 +100,7 @@ def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str
     ("sanitizers", "name"),
     [
         ("address,undefined", "check_kernels"),
+        ("address,undefined", "check_prompts"),
         ("address,undefined", "check_threads"),
         ("thread", "check_threads"),
     ],
@@ -123,12 +130,14 @@ def test_unknown_kernel_is_refused(program: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "kernel"), CASES)
-def test_kernels_only_add(program: Callable[[str], Path], architecture: str, kernel: str) -> None:
+@pytest.mark.parametrize(("part", "names"), ACCUMULATING.items())
+def test_kernels_only_add(
+    program: Callable[[str], Path], architecture: str, kernel: str, part: str, names: set[str]
+) -> None:
     """Address computations count, too."""
-    found = functions(
-        target_of(architecture).objdump, kernel_object(program(architecture), OBJECTS[kernel])
-    )
-    assert {"integrate", "add_salient"} <= {name for name, _, _ in found}
+    file = kernel_object(program(architecture), OBJECTS[kernel] + part)
+    found = functions(target_of(architecture).objdump, file)
+    assert names <= {name for name, _, _ in found}
     for name, instructions, calls in found:
         assert len(instructions) > 5, name
         assert not multiplications(instructions), name
@@ -152,7 +161,7 @@ def test_installed_kernels_only_add(runtime: RuntimeInfo) -> None:
     """The library that models run with, compiled for this very CPU."""
     library = load().library_dir / "libggml-cpu.so"
     found = functions("objdump", library)
-    for name in ("integrate", "add_salient"):
+    for name in set().union(*ACCUMULATING.values()):
         kernels = [code for each, code, _ in found if each == name]
         assert len(kernels) == len(KERNELS[host_architecture()]), name
         assert not any(map(multiplications, kernels)), name

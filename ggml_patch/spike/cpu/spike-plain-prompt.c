@@ -95,13 +95,24 @@ static void add_salient_lines(const uint8_t * salients, const int16_t * values, 
     }
 }
 
-static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
+static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     uint32_t count = 0;
     for (int64_t i = 0; i < n; i++) {
         list[count] = line[i];
-        count += magnitude[i] == wanted;
+        count += key[i] == wanted;
     }
     return count;
 }
 
-const spike_prompt_kernels spike_prompt_kernels_plain_c = { 1, copy_lines, integrate_schedule, 2, transpose_values, add_salient_lines, gather };
+static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
+    uint32_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        list[count] = (uint16_t) (i/QK_SPK*2*QK_SPK + line_in_block[i]);
+        count += key[i] == wanted;
+    }
+    return count;
+}
+
+const spike_prompt_kernels spike_prompt_kernels_plain_c = {
+    1, copy_lines, integrate_schedule, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+};

@@ -40,9 +40,12 @@ typedef struct {
     void (*add_salient_lines)(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride,
                               int32_t * potential);
 
-    // The lines of all inputs with this magnitude, in order. Returns how many; up to SPIKE_SCHEDULE_SLACK more places of
-    // the list are overwritten. n is a multiple of 64.
-    uint32_t (*gather)(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list);
+    // The lines whose key is the wanted one, in order. Returns how many; up to SPIKE_SCHEDULE_SLACK more places of the list
+    // are overwritten. n is a multiple of 64.
+    uint32_t (*gather_lines)(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list);
+
+    // The same for the lines of all inputs of a chunk: input i has line i/64*128 + line_in_block[i].
+    uint32_t (*gather_inputs)(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list);
 } spike_prompt_kernels;
 
 extern const spike_prompt_kernels spike_prompt_kernels_plain_c;

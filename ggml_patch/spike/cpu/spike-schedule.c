@@ -27,67 +27,68 @@ static int unit_of_step(int step) {
     return step <= DIRECT_STEPS ? 0 : (step - DIRECT_STEPS - 1)/4 + 1;
 }
 
-// Steps of the one or two spikes that make up a magnitude; 0: none.
-typedef struct {
-    uint8_t first, second;
-} spike_steps;
-
-static spike_steps steps_of(int magnitude) {
-    int unit = 0;
-    while (magnitude >> unit > DIRECT_STEPS) {
-        unit++;
+static inline int bit_length(uint32_t x) {
+#if defined(__GNUC__)
+    return 32 - __builtin_clz(x | 1);
+#else
+    int n = 1;
+    while (x >> n) {
+        n++;
     }
-    const int     quotient = magnitude >> unit; // 4..8 where unit > 0; 4 is the last step of the octave below
-    spike_steps s = { (uint8_t) (quotient + 4*unit), 0 };
-    if (magnitude != quotient << unit) {
-        s.second = steps_of(magnitude - (quotient << unit)).first;
-    }
-    return s;
+    return n;
+#endif
 }
 
-// Spikes of the inputs that are no direct steps, sorted by step.
+// The largest step that is no larger than a magnitude of 1 or more, and what is left of it.
+static inline int step_below(int magnitude, int * rest) {
+    const int above = bit_length((uint32_t) magnitude - 1) - 3;
+    const int unit  = above > 0 ? above : 0;
+    const int quotient = magnitude >> unit; // 4..8 where unit > 0; 4 is the last step of the octave below
+    *rest = magnitude - (quotient << unit);
+    return quotient + 4*unit;
+}
+
+// Spikes of the inputs that are no direct steps, in any order.
 typedef struct {
-    uint16_t spikes[2*MAX_CHUNK];
-    uint16_t start[SPIKE_SCHEDULE_STEPS + 2];      // of each step in spikes
-    uint16_t negative[SPIKE_SCHEDULE_STEPS + 1];   // how many of a step are
-    int      top;                                  // the largest step with a spike; 0 if there are none
+    uint32_t n;   // a multiple of 64: silent ones, of step 0, make it one
+    int      top; // the largest step; 0 if there are no spikes
+    uint16_t lines[2*MAX_CHUNK + QK_SPK];
+    uint8_t  steps[2*MAX_CHUNK + QK_SPK];
 } rare_spikes;
 
-static void sort_rare(const int8_t * fine, const int8_t * coarse, const uint16_t * inputs, uint32_t n, const spike_steps table[2][17], rare_spikes * rare) {
-    uint16_t spikes[2*MAX_CHUNK + 1];
-    uint8_t  steps[2*MAX_CHUNK + 1];
-    uint16_t count[SPIKE_SCHEDULE_STEPS + 1] = { 0 };
-    uint32_t n_spikes = 0;
-    memset(rare->negative, 0, sizeof(rare->negative));
+// Steps of the one or two spikes that make up a magnitude, the second shifted by 8.
+static uint16_t steps_of(int magnitude) {
+    int rest, nothing;
+    const int first = step_below(magnitude, &rest);
+    return (uint16_t) (first | (rest ? step_below(rest, &nothing) << 8 : 0)); // the rest of up to 16*2^shift is a step itself
+}
+
+// inputs: their lines. steps: of the magnitudes of fine and coarse values.
+static void list_rare(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1],
+                      const uint16_t * inputs, uint32_t n_inputs, rare_spikes * rare) {
+    uint32_t n = 0, top = 0;
+    for (uint32_t e = 0; e < n_inputs; e++) {
+        const uint32_t i        = inputs[e] >> 1;
+        const int      value    = fine[i] + coarse[i]; // one of them is 0
+        const int      negative = -(value < 0);
+        const uint32_t own      = steps[coarse[i] != 0][(value ^ negative) - negative];
+        rare->lines[n] = rare->lines[n + 1] = (uint16_t) (2*i - (uint32_t) negative);
+        rare->steps[n]     = (uint8_t) own;
+        rare->steps[n + 1] = (uint8_t) (own >> 8);
+        n  += 1 + (own > UINT8_MAX);
+        top = (own & UINT8_MAX) > top ? own & UINT8_MAX : top;
+    }
+    memset(rare->steps + n, 0, QK_SPK);
+    rare->n   = (n + QK_SPK - 1)/QK_SPK*QK_SPK;
+    rare->top = (int) top;
+}
+
+SPIKE_CLONES static uint32_t count_negative(const uint16_t * spikes, uint32_t n) {
+    uint32_t negative = 0;
     for (uint32_t e = 0; e < n; e++) {
-        const uint32_t    i         = inputs[e] >> 1;
-        const int         value     = fine[i] + coarse[i]; // one of them is 0
-        const int         negative  = value < 0;
-        const spike_steps s         = table[coarse[i] != 0][negative ? -value : value];
-        const uint16_t    line      = (uint16_t) (2*i + (uint32_t) negative);
-        spikes[n_spikes] = line;
-        steps[n_spikes]  = s.first;
-        count[s.first]++;
-        rare->negative[s.first] = (uint16_t) (rare->negative[s.first] + negative);
-        n_spikes++;
-        spikes[n_spikes] = line;
-        steps[n_spikes]  = s.second;
-        count[s.second]++;
-        rare->negative[s.second] = (uint16_t) (rare->negative[s.second] + negative);
-        n_spikes += s.second != 0;
+        negative += spikes[e] & 1;
     }
-    uint16_t next[SPIKE_SCHEDULE_STEPS + 1];
-    uint16_t start = 0;
-    rare->top = 0;
-    for (int step = 1; step <= SPIKE_SCHEDULE_STEPS; step++) {
-        rare->start[step] = next[step] = start;
-        start = (uint16_t) (start + count[step]);
-        rare->top = count[step] ? step : rare->top;
-    }
-    rare->start[SPIKE_SCHEDULE_STEPS + 1] = start;
-    for (uint32_t e = 0; e < n_spikes; e++) {
-        rare->spikes[next[steps[e]]++] = spikes[e];
-    }
+    return negative;
 }
 
 // Counts of a program under construction, see SPIKE_SCHEDULE_MAX_COUNTED.
@@ -106,22 +107,21 @@ static void set_spill(spike_schedule_step * step, int unit, step_count counted) 
 }
 
 // The program of one class and chunk, or of both classes; fine or coarse may be all zeros. Returns where the lists end.
-static uint32_t build_program(const int8_t * fine, const int8_t * coarse, int64_t n, const spike_steps table[2][17],
-                              spike_schedule_program * program, uint16_t * spikes, uint32_t next) {
+SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1], int64_t n,
+                                           spike_schedule_program * program, uint16_t * spikes, uint32_t next) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
-    uint8_t  magnitude[MAX_CHUNK];
-    uint16_t line[MAX_CHUNK];
+    uint8_t  magnitude[MAX_CHUNK], line_in_block[MAX_CHUNK];
     uint16_t rare_inputs[MAX_CHUNK + SPIKE_SCHEDULE_SLACK];
-    for (int64_t i = 0; i < n; i++) {
-        const uint8_t negative = (uint8_t) (fine[i] < 0);
-        const uint8_t size     = (uint8_t) (negative ? -fine[i] : fine[i]);
-        magnitude[i] = size > DIRECT_STEPS || coarse[i] != 0 ? RARE : size;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        line[i] = (uint16_t) (2*i + (fine[i] < 0));
+    for (int64_t b = 0; b < n; b += QK_SPK) {
+        for (int i = 0; i < QK_SPK; i++) {
+            const int8_t  sign = (int8_t) (fine[b + i] >> 7);
+            const uint8_t size = (uint8_t) ((fine[b + i] ^ sign) - sign);
+            magnitude[b + i]     = (uint8_t) (size | -(size > DIRECT_STEPS) | -(coarse[b + i] != 0)); // RARE has all bits set
+            line_in_block[b + i] = (uint8_t) (2*i - sign);
+        }
     }
     rare_spikes rare;
-    sort_rare(fine, coarse, rare_inputs, kernels->gather(magnitude, line, n, RARE, rare_inputs), table, &rare);
+    list_rare(fine, coarse, steps, rare_inputs, kernels->gather_inputs(magnitude, line_in_block, n, RARE, rare_inputs), &rare);
 
     const uint16_t zero_line = spike_schedule_zero_line(n);
     uint32_t   n_steps = 0;
@@ -129,17 +129,12 @@ static uint32_t build_program(const int8_t * fine, const int8_t * coarse, int64_
     program->first = next;
     for (int step = rare.top > DIRECT_STEPS ? rare.top : DIRECT_STEPS; step > 0; step--) {
         const uint32_t start  = next;
-        const uint32_t n_rare = (uint32_t) (rare.start[step + 1] - rare.start[step]);
-        uint32_t negative = 0;
         if (step <= DIRECT_STEPS) {
-            next += kernels->gather(magnitude, line, n, (uint8_t) step, spikes + next);
-            for (uint32_t e = start; e < next; e++) {
-                negative += spikes[e] & 1;
-            }
+            next += kernels->gather_inputs(magnitude, line_in_block, n, (uint8_t) step, spikes + next);
         }
-        memcpy(spikes + next, rare.spikes + rare.start[step], n_rare*sizeof(uint16_t));
-        next     += n_rare;
-        negative += rare.negative[step];
+        if (step <= rare.top) {
+            next += kernels->gather_lines(rare.steps, rare.lines, rare.n, (uint8_t) step, spikes + next);
+        }
         const uint32_t n_spikes = next - start;
         if (n_spikes == 0 && n_steps == 0) {
             continue; // nothing has fired yet
@@ -147,6 +142,7 @@ static uint32_t build_program(const int8_t * fine, const int8_t * coarse, int64_
         while ((next - start) % SPIKE_SCHEDULE_UNIT) {
             spikes[next++] = zero_line;
         }
+        const uint32_t negative = count_negative(spikes + start, n_spikes);
         fired.negative += (int32_t) negative;
         fired.positive += (int32_t) (n_spikes - negative);
 
@@ -181,14 +177,22 @@ static uint32_t build_program(const int8_t * fine, const int8_t * coarse, int64_
 }
 
 // Sum of values and of their magnitudes.
-static void sum_values(const int8_t * values, int64_t n, int32_t * sum, int64_t * magnitudes) {
-    int32_t s = 0, m = 0; // |m| <= 16*n < 2^31
-    for (int64_t i = 0; i < n; i++) {
-        s += values[i];
-        m += values[i] < 0 ? -values[i] : values[i];
+SPIKE_CLONES static void sum_values(const int8_t * values, int64_t n, int32_t * sum, int64_t * magnitudes) {
+    enum { LANES = 64 };
+    int16_t signed_sum[LANES] = { 0 }, sizes[LANES] = { 0 }; // |.| <= 16*65472/64
+    for (int64_t i = 0; i < n; i += LANES) {
+        for (int k = 0; k < LANES; k++) {
+            const int16_t value = values[i + k];
+            signed_sum[k] = (int16_t) (signed_sum[k] + value);
+            sizes[k]      = (int16_t) (sizes[k] + (value < 0 ? -value : value));
+        }
     }
-    *sum        = s;
-    *magnitudes = m;
+    *sum        = 0;
+    *magnitudes = 0;
+    for (int k = 0; k < LANES; k++) {
+        *sum        += signed_sum[k];
+        *magnitudes += sizes[k];
+    }
 }
 
 void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spike_schedule * schedule) {
@@ -209,10 +213,10 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
         && MAX_WEIGHT*(magnitudes[0] + (magnitudes[1] << shift)) <= INT32_MAX;
     schedule->largest = !schedule->merged ? INT32_MAX : magnitudes[1] > 0 ? SPIKE_MAX_MAGNITUDE << shift : SPIKE_MAX_MAGNITUDE;
 
-    spike_steps table[SPIKE_SCHEDULE_CLASSES][17];
-    for (int m = 0; m <= SPIKE_MAX_MAGNITUDE; m++) {
-        table[0][m] = steps_of(m);
-        table[1][m] = schedule->merged ? steps_of(m << shift) : steps_of(m);
+    uint16_t steps[SPIKE_SCHEDULE_CLASSES][SPIKE_MAX_MAGNITUDE + 1] = { { 0 } };
+    for (int m = 1; m <= SPIKE_MAX_MAGNITUDE; m++) {
+        steps[0][m] = steps_of(m);
+        steps[1][m] = schedule->merged ? steps_of(m << shift) : steps[0][m];
     }
     spike_schedule_program * programs = (spike_schedule_program *) (schedule + 1);
     uint16_t * spikes = (uint16_t *) (programs + n_chunks*SPIKE_SCHEDULE_CLASSES);
@@ -221,11 +225,11 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
         const int64_t first = spike_chunk_start(n_inputs, n_chunks, c), n = spike_chunk_start(n_inputs, n_chunks, c + 1) - first;
         spike_schedule_program * program = programs + c*SPIKE_SCHEDULE_CLASSES;
         if (schedule->merged) {
-            next = build_program(fine + first, coarse + first, n, table, program, spikes, next);
+            next = build_program(fine + first, coarse + first, steps, n, program, spikes, next);
             program[1].n_steps = 0;
         } else {
-            next = build_program(fine + first, NONE, n, table, program, spikes, next);
-            next = build_program(NONE, coarse + first, n, table, program + 1, spikes, next);
+            next = build_program(fine + first, NONE, steps, n, program, spikes, next);
+            next = build_program(NONE, coarse + first, steps, n, program + 1, spikes, next);
         }
     }
 }

@@ -203,20 +203,31 @@ __attribute__((constructor)) static void fill_pack(void) {
     }
 }
 
-static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
+// Appends the lines whose keys are equal.
+INLINE uint16_t * append(uint16_t * next, uint16x8_t lines, uint8x8_t equal) {
     static const uint8_t BITS[8] = { 1, 2, 4, 8, 16, 32, 64, 128 };
-    const uint8x8_t w = vdup_n_u8(wanted), bits = vld1_u8(BITS);
+    const uint8x16_t pack = vld1q_u8(PACK[vaddv_u8(vand_u8(equal, vld1_u8(BITS)))]);
+    vst1q_u16(next, vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(lines), pack)));
+    return next - (int8_t) vaddv_u8(equal); // a byte that is equal is -1
+}
+
+static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     uint16_t * next = list;
     for (int64_t i = 0; i < n; i += 8) {
-        const uint8x8_t  equal = vceq_u8(vld1_u8(magnitude + i), w);
-        const uint8_t    found = vaddv_u8(vand_u8(equal, bits));
-        const uint8x16_t eight = vreinterpretq_u8_u16(vld1q_u16(line + i));
-        vst1q_u16(next, vreinterpretq_u16_u8(vqtbl1q_u8(eight, vld1q_u8(PACK[found]))));
-        next -= (int8_t) vaddv_u8(equal); // a byte that is equal is -1
+        next = append(next, vld1q_u16(line + i), vceq_u8(vld1_u8(key + i), vdup_n_u8(wanted)));
+    }
+    return (uint32_t) (next - list);
+}
+
+static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
+    uint16_t * next = list;
+    for (int64_t i = 0; i < n; i += 8) {
+        const uint16x8_t first = vdupq_n_u16((uint16_t) (i >> 6 << 7)); // line of the block
+        next = append(next, vaddw_u8(first, vld1_u8(line_in_block + i)), vceq_u8(vld1_u8(key + i), vdup_n_u8(wanted)));
     }
     return (uint32_t) (next - list);
 }
 
 const spike_prompt_kernels spike_prompt_kernels_neon = {
-    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather,
+    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

@@ -184,11 +184,11 @@ __attribute__((constructor)) static void fill_pack(void) {
     }
 }
 
-static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
+static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m256i w = _mm256_set1_epi8((char) wanted);
     uint16_t * next = list;
     for (int64_t i = 0; i < n; i += 32) {
-        uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (magnitude + i)), w));
+        uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (key + i)), w));
         for (int k = 0; k < 4; k++) {
             const __m128i eight = _mm_loadu_si128((const __m128i *) (line + i + 8*k));
             const __m128i pack  = _mm_loadu_si128((const __m128i *) PACK[found & 255]);
@@ -200,6 +200,23 @@ static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t
     return (uint32_t) (next - list);
 }
 
+static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
+    const __m256i w = _mm256_set1_epi8((char) wanted);
+    uint16_t * next = list;
+    for (int64_t i = 0; i < n; i += 32) {
+        uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (key + i)), w));
+        const __m128i first = _mm_set1_epi16((int16_t) (i >> 6 << 7)); // line of the block
+        for (int k = 0; k < 4; k++) {
+            const __m128i eight = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *) (line_in_block + i + 8*k)));
+            const __m128i pack  = _mm_loadu_si128((const __m128i *) PACK[found & 255]);
+            _mm_storeu_si128((__m128i *) next, _mm_add_epi16(first, _mm_shuffle_epi8(eight, pack)));
+            next  += __builtin_popcount(found & 255);
+            found >>= 8;
+        }
+    }
+    return (uint32_t) (next - list);
+}
+
 const spike_prompt_kernels spike_prompt_kernels_avx2 = {
-    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather,
+    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

@@ -35,7 +35,8 @@ INLINE void add_unit(const uint8_t * lines, int width, const uint16_t * spikes, 
     for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
         const uint8_t * line = lines + ((size_t) spikes[e] << spike_line_shift(width));
         for (int w = 0; w < width; w++) {
-            const __m512i y = _mm512_loadu_si512(line + SPIKE_LINE_BYTES*w);
+            __m512i y = _mm512_loadu_si512(line + SPIKE_LINE_BYTES*w);
+            __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
             low[w]  = _mm512_add_epi8(low[w], _mm512_and_si512(y, nibble));
             high[w] = _mm512_add_epi16(high[w], _mm512_srli_epi16(y, 4));
             KEEP_ORDER(low[w], high[w]);
@@ -171,11 +172,11 @@ static void add_salient_lines(const uint8_t * salients, const int16_t * values, 
     }
 }
 
-static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
+static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m512i w = _mm512_set1_epi8((char) wanted);
     uint16_t * next = list;
     for (int64_t i = 0; i < n; i += 64) {
-        const __mmask64 found = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(magnitude + i), w);
+        const __mmask64 found = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(key + i), w);
         const __mmask32 first = (__mmask32) found, second = (__mmask32) (found >> 32);
         _mm512_storeu_si512(next, _mm512_maskz_compress_epi16(first, _mm512_loadu_si512(line + i)));
         next += __builtin_popcount(first);
@@ -185,6 +186,25 @@ static uint32_t gather(const uint8_t * magnitude, const uint16_t * line, int64_t
     return (uint32_t) (next - list);
 }
 
+static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
+    const __m512i w = _mm512_set1_epi8((char) wanted);
+    const __m512i lines_per_block = _mm512_set1_epi16(2*QK_SPK);
+    __m512i first = _mm512_setzero_si512(); // line of the block
+    uint16_t * next = list;
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        const __mmask64 found = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(key + i), w);
+        const __m512i   lines = _mm512_maskz_compress_epi8(found, _mm512_loadu_si512(line_in_block + i));
+        const int       count = (int) __builtin_popcountll(found);
+        _mm512_storeu_si512(next, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines))));
+        if (count > 32) {
+            _mm512_storeu_si512(next + 32, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1))));
+        }
+        next += count;
+        first = _mm512_add_epi16(first, lines_per_block);
+    }
+    return (uint32_t) (next - list);
+}
+
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    2, copy_lines, integrate_schedule, 24, transpose_values, add_salient_lines, gather,
+    2, copy_lines, integrate_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };
