@@ -3,7 +3,7 @@
 At W4A4, with the weights of an SPK4 file, integer potentials equal the runtime's. Importing this needs torch
 and transformers; `require_packages` says so in one sentence if they are missing.
 
-    from spikequant_gguf.simulate import load_model
+    from spikequant_gguf.simulate.model import load_model
 
     model = load_model("model-SPK4.gguf")
     logits = model.logits(tokens, first=256)

@@ -17,11 +17,10 @@ from .settings import SpikeSettings, check_groups
 __all__ = ["compensated_rounding", "quantize"]
 
 _DAMPING = 0.01  # of the mean of the diagonal
-_MULTIPLES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the threshold found for nearest rounding: GPTQ prefers finer ones
-_SWEEPS = 2
+_MULTIPLES = (1.0, 0.85, 0.7)  # of the threshold found for nearest rounding: GPTQ prefers finer ones
 _FACTORS = 12
 _SMALLEST_FACTOR = {1: 0.1, 2: 0.3}  # of the range of a row; few levels want a narrower one
-_COLUMNS = 64  # of GPTQ at a time
+_COLUMNS = 32  # of GPTQ at a time
 _ROWS = 4096  # bounds memory
 
 
@@ -109,13 +108,11 @@ def _quantize_rows(
         best = loss.argmin(dim=0)
         threshold = candidates[best, torch.arange(rows)]
         values = values[:, best, torch.arange(rows)]
-        for _ in range(_SWEEPS):
-            _descend(values, columns, hessian, spread(threshold), lo, hi, levels, settings.salient_weights)
-            if group == n:
-                projected = hessian @ values
-                fitted = (projected * columns).sum(dim=0) / (projected * values).sum(dim=0)
-                threshold = torch.where(fitted > 0, fitted, threshold[:, 0])[:, None]
-                threshold = _on_grid(threshold)
+        _descend(values, columns, hessian, spread(threshold), lo, hi, levels, settings.salient_weights)
+        if group == n:  # the threshold of least loss for these values
+            projected = hessian @ values
+            fitted = (projected * columns).sum(dim=0) / (projected * values).sum(dim=0)
+            threshold = _on_grid(torch.where(fitted > 0, fitted, threshold[:, 0])[:, None])
     salient = int(torch.count_nonzero((values < lo) | (values > hi)))
     return values.T.contiguous(), threshold, salient
 
@@ -256,7 +253,7 @@ def _descend(
                 new = torch.where(room, _clamp(wanted, low - levels, high + levels), new)
                 used += ((new < low) | (new > high)).int() - outside[i].int()
             values[place] = new
-            gradient.addr_(within[:, i], (new - old) * step)
+            gradient[i + 1 :].addr_(within[i + 1 :, i], (new - old) * step)
         errors[block] = values[block] * (threshold[block] if several else threshold) - columns[block]
 
 
