@@ -120,7 +120,7 @@ def full_page(
         threads=1,
     )
     assert made.missing == []
-    assert len(made.pngs) == len(made.pictures) == 23
+    assert len(made.pngs) == len(made.pictures) == 20
     return folder / "report.html"
 
 
@@ -163,7 +163,7 @@ class Page(html.parser.HTMLParser):
 def test_page_is_complete_in_itself(full_page: Path) -> None:
     text = full_page.read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.images) == len(page.captions) == 23
+    assert len(page.images) == len(page.captions) == 20
     for reference in page.references:
         assert reference.startswith(("data:", "#")), reference[:80]
     assert {each[1:] for each in page.references if each.startswith("#")} <= set(page.ids)
@@ -182,7 +182,7 @@ def test_every_figure_says_where_it_is_from(full_page: Path) -> None:
         for what in ("Method", "Text", "Command", "Host"):
             assert what in caption, caption
     pngs = list((full_page.parent / "pictures").glob("*.png"))
-    assert len(pngs) == 23
+    assert len(pngs) == 20
     for png in pngs:
         data = png.read_bytes()
         assert data.startswith(b"\x89PNG") and b"Method:" in data and b"Host:" in data

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 WIDTH = 4.4  # inches: as wide as a phone, so that letters need no magnifying glass there
+_NOTES = ("Creator", "Date", "Format", "Type")  # what matplotlib would write into SVG
 _INK, _GREY, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 _STYLE = {
     "font.family": "sans-serif",
@@ -124,7 +125,7 @@ def render(
         canvas = Canvas(figsize=(width, height), layout="constrained")
         draw(canvas)
         svg = io.BytesIO()
-        canvas.savefig(svg, format="svg", metadata={"Date": None, "Title": title})
+        canvas.savefig(svg, format="svg", metadata=dict.fromkeys(_NOTES))
         note = "\n".join(
             textwrap.fill(f"{what}: {value}", round(23 * width), subsequent_indent="    ")
             for what, value in origin.lines()

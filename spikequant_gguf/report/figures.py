@@ -236,7 +236,7 @@ def matmul_batches(document: Document) -> Picture | None:
 
     isa = ", ".join(dict.fromkeys(str(row.get("isa")) for row in rows))
     method = (
-        f"median of rounds in turns with Q4_0, bars: range of the rounds; kernel {isa}, {threads} threads"
+        f"median of rounds in turns with Q4_0, bars: range of the rounds; kernel {isa}, {_threads(threads)}"
     )
     if silent is not None:
         method += f", {silent:.0%} of the inputs silent at one token"
@@ -270,7 +270,7 @@ def end_to_end(document: Document) -> Picture | None:
     method = (
         f"tokens per second relative to Q4_0, median of {settings.get('rounds', '?')} rounds in turns with "
         f"it; prompt of {settings.get('n_prompt', '?')}, decode of {settings.get('n_gen', '?')} tokens; "
-        f"{threads} threads"
+        f"{_threads(threads)}"
     )
     height = sum(0.75 + 0.34 * sum(row["model"] == model for row in rows) for model in models)
     alt = "Speed relative to Q4_0 in prompts: " + _said(rows, "type", "pp_ratio", ".2f")
@@ -494,6 +494,10 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def _series(points: Iterable[dict]) -> dict[str, list[dict]]:

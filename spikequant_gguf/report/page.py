@@ -399,10 +399,7 @@ def _render(
     environment.filters["data_uri"] = _data_uri
     return environment.get_template(_TEMPLATE).render(
         version=__version__,
-        made=datetime.now(timezone.utc)
-        .isoformat(timespec="minutes")
-        .replace("+00:00", " UTC")
-        .replace("T", " "),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         subject=Path(model).stem if model is not None else _subject(documents),
         sources=[(document.name, document.kind) for document in documents],
         headlines=_headlines(by_kind),

@@ -45,6 +45,7 @@ def neuron_picture(trace: NeuronTrace, width: float | None = None) -> Picture:
         membrane.annotate(
             f"y = {trace.output:.4g}", (0.985, 0.06 if up else 0.94), xycoords="axes fraction", ha="right",
             va="bottom" if up else "top", color=PLUS, fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
         )  # fmt: skip
         membrane.axhline(0, color="#6b7785", linewidth=0.7)
         membrane.set_xlabel("time (1 is the largest value)")
@@ -67,8 +68,9 @@ def neuron_picture(trace: NeuronTrace, width: float | None = None) -> Picture:
         f"Spikes of {len(trace.time)} inputs over 16 time steps, and the membrane potential, which ends at "
         f"{trace.potential[-1]}, read out as {trace.output:.4g}"
     )
+    host = trace.host.to_json() | {"threads": trace.threads}
     command = f"spikequant inspect {_file(trace.model)} --neuron {trace.tensor}:{trace.row}"
-    origin = Origin(method, repr(trace.text), command, describe_host(trace.host.to_json()))
+    origin = Origin(method, repr(trace.text), command, describe_host(host))
     options = {} if width is None else {"width": width}
     return render("neuron", title, alt, origin, draw, 4.8, **options)
 
