@@ -65,6 +65,11 @@ class BuildReport:
         return self.patch_id is None
 
     @property
+    def handed_on(self) -> bool:
+        """Whether the wheel is a copy to hand on, outside the cache."""
+        return self.wheel.parent != self.folder
+
+    @property
     def python_path(self) -> Path:
         """Folder to put on PYTHONPATH to use this build's llama_cpp without installing it."""
         return self.folder / "python"

@@ -320,6 +320,7 @@ def test_the_same_build_is_never_compiled_twice(workshop: Workshop, cache: Cache
     first = build(sdist=sdist)
     assert not first.cached and first.installed and workshop.compiled == 1
     assert first.wheel.is_file() and all(path.is_file() for path in first.tools.values())
+    assert not first.handed_on
     assert (first.folder / "converter/convert_hf_to_gguf.py").is_file()
     second = build()
     assert second.cached and workshop.compiled == 1 and second.key == first.key
@@ -467,7 +468,7 @@ def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
     workshop: Workshop, sdist: Path, tmp_path: Path
 ) -> None:
     report = build(sdist=sdist, wheel=tmp_path / "dist")
-    assert report.portable and not report.installed and workshop.installed == 0
+    assert report.portable and report.handed_on and not report.installed and workshop.installed == 0
     assert (
         report.wheel == tmp_path / "dist" / report.wheel.name
         and len(list(report.wheel.parent.iterdir())) == 1

@@ -48,6 +48,9 @@ def show_build(out: Console, report: BuildReport) -> None:
     if report.unpatched:
         line(out, f"Unpatched llama-cpp-python {report.pin} in {report.python_path}")
         return
+    if report.handed_on:
+        line(out, f"{report.wheel}: portable, patch {report.patch_id}; nothing was installed here")
+        return
     state = "installed" if report.installed else "installed already"
     line(out, f"llama-cpp-python {report.pin} with patch {report.patch_id}: {state}")
     if report.self_test.get("kernel"):
