@@ -2,11 +2,13 @@
 
 #include "spike-cpu.h"
 #include "spike-layout.h"
+#include "spike-prompt.h"
 #include "spike-schedule.h"
 #include "spike-train.h"
 
 #include "ggml-impl.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace spike {
@@ -109,39 +111,76 @@ bool is_encoded(const ggml_tensor * op) {
     return false;
 }
 
-void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
+namespace {
+
+// Brings near what the encoding of a token will write: for many tokens it does not fit the second-level cache.
+void prefetch_token(const ggml_tensor * op, int64_t column, char * work, const work_layout & w) {
+    const int64_t n_inputs = op->src[1]->ne[0];
+    const char * schedule = work + w.trains + (size_t) column*w.train_size;
+    const char * spikes   = schedule + sizeof(spike_schedule) + (size_t) (w.n_chunks*SPIKE_SCHEDULE_CLASSES)*sizeof(spike_schedule_program);
+    bring_near<true>(work + w.blocks + (size_t) (column*(n_inputs/QK_SPK))*sizeof(block_spka), (size_t) n_inputs);
+    bring_near<true>(schedule, 192);
+    bring_near<true>(spikes, (size_t) (2*n_inputs)); // most inputs fire once
+    bring_near<true>(spikes + (size_t) spike_schedule_max_spikes(n_inputs, w.n_chunks)*sizeof(uint16_t), (size_t) (2*n_inputs)); // values
+}
+
+// One row of src1.
+void encode_token(const ggml_tensor * op, int64_t column, const spike_encoder_params & encoder, char * work, const work_layout & w, float * scratch) {
     const ggml_tensor * src1 = op->src[1];
-    const int64_t n_inputs = src1->ne[0], n_columns = ggml_nrows(src1);
+    const int64_t n_inputs = src1->ne[0];
+    const int64_t i1 = column % src1->ne[1], i2 = column/src1->ne[1] % src1->ne[2], i3 = column/(src1->ne[1]*src1->ne[2]);
+    const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
+    const bool tiles = form_of(op->src[0]) == weight_form::tiles, few = serves_few_tokens(op);
+    block_spka * blocks = (block_spka *) (work + w.blocks) + column*(n_inputs/QK_SPK);
+    void *       train  = work + w.trains + (size_t) column*w.train_size;
+    int8_t *     values = nullptr;
+    if (tiles && few) {
+        ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;
+        values = spike_train_values_to_fill((spike_train *) train, n_inputs);
+    } else if (tiles) {
+        ((spike_schedule *) train)->n_chunks = (int32_t) w.n_chunks;
+        values = spike_schedule_values_to_fill((spike_schedule *) train, n_inputs);
+    }
+    if (src1->type == GGML_TYPE_SPKA) {
+        memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+        for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
+            spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+        }
+    } else {
+        spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
+    }
+    if (tiles && few) {
+        spike_train_build(blocks, n_inputs, (spike_train *) train);
+    } else if (tiles) {
+        spike_schedule_build(blocks, n_inputs, (spike_schedule *) train);
+    }
+}
+
+} // namespace
+
+void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
+    constexpr int64_t MOST = 8;
+    const int64_t group = w.lines_per_job > 0 ? MOST : 1; // tokens whose values go into lines together
+    const int64_t n_inputs = op->src[1]->ne[0], n_tokens = op->src[1]->ne[1];
+    const int64_t groups_per_job = (n_tokens + group - 1)/group, n_groups = groups_per_job*op->src[1]->ne[2]*op->src[1]->ne[3];
     const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
-    const bool    tiles      = form_of(op->src[0]) == weight_form::tiles;
-    const bool    few        = serves_few_tokens(op);
     float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
 
-    for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
-        const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
-        const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
-        block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
-        void *   train  = work + w.trains + (size_t) c*w.train_size;
-        int8_t * values = nullptr;
-        if (tiles && few) {
-            ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;
-            values = spike_train_values_to_fill((spike_train *) train, n_inputs);
-        } else if (tiles) {
-            ((spike_schedule *) train)->n_chunks = (int32_t) w.n_chunks;
-            values = spike_schedule_values_to_fill((spike_schedule *) train, n_inputs);
-        }
-        if (src1->type == GGML_TYPE_SPKA) {
-            memcpy(blocks, row, (size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
-            for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
-                spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+    for (int64_t g = params->ith*n_groups/params->nth; g < (params->ith + 1)*n_groups/params->nth; g++) {
+        const int64_t job = g/groups_per_job, t0 = g % groups_per_job*group, n = std::min(group, n_tokens - t0);
+        const spike_schedule * schedules[MOST];
+        for (int64_t t = 0; t < n; t++) {
+            const int64_t column = job*n_tokens + t0 + t;
+            if (w.lines_per_job > 0 && t + 1 < n) {
+                prefetch_token(op, column + 1, work, w);
             }
-        } else {
-            spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
+            encode_token(op, column, encoder, work, w, scratch);
+            schedules[t] = (const spike_schedule *) (work + w.trains + (size_t) column*w.train_size);
         }
-        if (tiles && few) {
-            spike_train_build(blocks, n_inputs, (spike_train *) train);
-        } else if (tiles) {
-            spike_schedule_build(blocks, n_inputs, (spike_schedule *) train);
+        if (w.lines_per_job > 0) {
+            const int64_t first = job*w.lines_per_job*SPIKE_TOKEN_LINE + t0; // line by line, and within a line
+            int16_t * lines = (int16_t *) (work + w.lines) + first/SPIKE_TOKEN_LINE*n_inputs*SPIKE_TOKEN_LINE;
+            transpose_tokens(schedules, n, n_inputs, lines + first % SPIKE_TOKEN_LINE);
         }
     }
 }

@@ -1,5 +1,7 @@
 // Many tokens per matrix: a tile's lines are copied together once and then added again and again, and so are whole lines of
 // tokens for its salient weights.
+#include "spike-prompt.h"
+
 #include "spike-tiles.h"
 
 #include "spike-potentials.h"
@@ -11,31 +13,32 @@
 namespace spike {
 namespace {
 
-constexpr int64_t TOKEN_BLOCK = SPIKE_TOKEN_LINE; // tokens that share a tile's lines and salient weights while they are in cache
+constexpr int64_t MOST_TOKENS = 128; // that share a copy of a tile's lines
+constexpr int64_t WELL_BALANCED = 8; // units of work per thread
 constexpr int64_t MAX_ROWS    = SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS;
+constexpr int64_t TOKEN_STRIDE = MAX_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
 constexpr int32_t LARGEST_IN_LINES = 16 << 8; // merged values beyond it are added token by token
 
-// The tokens of a block.
+// The tokens that a unit of work serves.
 struct token_block {
     int64_t                n;
-    const spike_schedule * schedules[TOKEN_BLOCK];
-    float *                outputs[TOKEN_BLOCK];
+    const spike_schedule * schedules[MOST_TOKENS];
+    float *                outputs[MOST_TOKENS];
 };
 
-// What a thread keeps while it serves one block of tokens.
+// What a thread keeps while it serves a block of tokens.
 struct prompt_scratch {
     int32_t * potential; // [token][tile][row]
-    int16_t * values;    // [input][token], merged
+    int16_t * values;    // [input][token], merged, of routed tokens
     uint8_t * lines;     // [line][tile][64], of one chunk
     size_t    size;
 
     // what values belong to
     int64_t job = -1, first_token = -1;
-    int32_t largest = 0; // magnitude among the values
 
     prompt_scratch(char * memory, int64_t n_inputs) {
         scratch_arrays arrays(memory);
-        arrays.take(potential, TOKEN_BLOCK*MAX_ROWS);
+        arrays.take(potential, MOST_TOKENS*TOKEN_STRIDE);
         arrays.take(values, n_inputs*SPIKE_TOKEN_LINE);
         arrays.take(lines, spike_schedule_lines(std::min<int64_t>(n_inputs, PROMPT_CHUNK_BLOCKS*QK_SPK))*SPIKE_MAX_WIDTH*SPIKE_LINE_BYTES);
         size = arrays.size();
@@ -46,30 +49,12 @@ bool goes_in_lines(const spike_schedule * schedule) {
     return schedule->largest <= LARGEST_IN_LINES;
 }
 
-// The tokens' values input by input, so that a salient weight adds one line of tokens.
-void transpose_values(const token_block & tokens, int64_t n_inputs, prompt_scratch & s) {
-    s.largest = 1;
-    for (int64_t t0 = 0; t0 < SPIKE_TOKEN_LINE; t0 += 8) {
-        const int8_t * fine[8], * coarse[8];
-        int shift[8];
-        for (int64_t t = 0; t < 8; t++) {
-            const spike_schedule * schedule = t0 + t < tokens.n ? tokens.schedules[t0 + t] : nullptr;
-            const bool present = schedule && goes_in_lines(schedule);
-            fine[t]   = present ? spike_schedule_values(schedule, n_inputs, 0) : nullptr;
-            coarse[t] = present ? spike_schedule_values(schedule, n_inputs, 1) : nullptr;
-            shift[t]  = present ? schedule->shift : 0;
-            s.largest = present ? std::max(s.largest, schedule->largest) : s.largest;
-        }
-        spike_select_kernels()->prompt->transpose_values(fine, coarse, shift, n_inputs, s.values + t0);
-    }
-}
-
 // As many blocks at a time as 16-bit sums hold.
-void add_salient_by_lines(const uint8_t * salients, const spike_layout & layout, const prompt_scratch & s, int64_t stride, int32_t * potential) {
-    const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*s.largest);
+void add_salient_by_lines(const uint8_t * salients, const spike_layout & layout, const int16_t * values, int32_t largest, int32_t * potential) {
+    const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*largest);
     for (int64_t b = 0; b < layout.n_blocks; b += most) {
-        spike_select_kernels()->prompt->add_salient_lines(salients + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, s.values + b*QK_SPK*SPIKE_TOKEN_LINE,
-                                                          std::min(most, layout.n_blocks - b), stride, potential);
+        spike_select_kernels()->prompt->add_salient_lines(salients + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, values + b*QK_SPK*SPIKE_TOKEN_LINE,
+                                                          std::min(most, layout.n_blocks - b), TOKEN_STRIDE, potential);
     }
 }
 
@@ -132,6 +117,14 @@ void read_out_merged(const row_settings & rows, const spike_schedule * schedule,
     }
 }
 
+// Brings the first steps and spikes of a program near; what follows them, the processor foresees.
+void prefetch_program(const spike_schedule * schedule, int64_t chunk) {
+    const spike_schedule_program * program = spike_schedule_program_of(schedule, 0, chunk);
+    const uint16_t * spikes = spike_schedule_spikes(schedule) + program->first;
+    bring_near<false>(program, 128);
+    bring_near<false>(spikes, 512);
+}
+
 void integrate_chunk(const tile_group & group, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
     const spike_tile_lines lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
@@ -142,8 +135,9 @@ void integrate_chunk(const tile_group & group, const token_block & tokens, int64
     kernels->copy_lines(lines.first + (size_t) first*lines.stride, lines.stride, group.width, n, s.lines);
     for (int64_t t = 0; t < tokens.n; t++) {
         const spike_schedule * schedule = tokens.schedules[t];
+        prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
         kernels->integrate_schedule(s.lines, group.width, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule),
-                                    s.potential + t*MAX_ROWS);
+                                    s.potential + t*TOKEN_STRIDE);
     }
 }
 
@@ -174,25 +168,40 @@ void compute_unmerged(const tile_group & group, const spike_schedule * schedule,
     }
 }
 
-void compute_tiles(const tile_group & group, const token_block & tokens, bool by_lines, prompt_scratch & s) {
-    memset(s.potential, 0, (size_t) (tokens.n*MAX_ROWS)*sizeof(int32_t));
+// A tile's share of the salient weights for up to a line of tokens, and their outputs. values: the line, or NULL if the
+// tokens are so few that each goes alone.
+void finish_tile(const tile_group & group, int64_t tile, const spike_schedule * const * schedules, float * const * outputs, int64_t n_tokens,
+                 const int16_t * values, int32_t * potential) {
+    if (values) {
+        int32_t largest = 1;
+        for (int64_t t = 0; t < n_tokens; t++) {
+            largest = goes_in_lines(schedules[t]) ? std::max(largest, schedules[t]->largest) : largest;
+        }
+        add_salient_by_lines(group.salients(tile), group.layout, values, largest, potential);
+    }
+    const row_settings rows(group, tile);
+    for (int64_t t = 0; t < n_tokens; t++) {
+        int32_t * own = potential + t*TOKEN_STRIDE;
+        if (schedules[t]->merged) {
+            if (!values || !goes_in_lines(schedules[t])) {
+                add_salient_of_merged(group.salients(tile), group.layout, schedules[t], own);
+            }
+            read_out_merged(rows, schedules[t], own, outputs[t] + (group.first + tile)*SPIKE_TILE_ROWS);
+        }
+    }
+}
+
+// values: lines of the tokens, or NULL.
+void compute_tiles(const tile_group & group, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
+    memset(s.potential, 0, (size_t) (tokens.n*TOKEN_STRIDE)*sizeof(int32_t));
     for (int64_t c = 0; c < tokens.schedules[0]->n_chunks; c++) {
         integrate_chunk(group, tokens, c, s);
     }
-    for (int64_t tile = 0; tile < group.width; tile++) {
-        int32_t * potential = s.potential + tile*SPIKE_TILE_ROWS;
-        if (by_lines) {
-            add_salient_by_lines(group.salients(tile), group.layout, s, MAX_ROWS, potential);
-        }
-        const row_settings rows(group, tile);
-        for (int64_t t = 0; t < tokens.n; t++) {
-            const spike_schedule * schedule = tokens.schedules[t];
-            if (schedule->merged) {
-                if (!by_lines || !goes_in_lines(schedule)) {
-                    add_salient_of_merged(group.salients(tile), group.layout, schedule, potential + t*MAX_ROWS);
-                }
-                read_out_merged(rows, schedule, potential + t*MAX_ROWS, tokens.outputs[t] + (group.first + tile)*SPIKE_TILE_ROWS);
-            }
+    for (int64_t t = 0; t < tokens.n; t += SPIKE_TOKEN_LINE) {
+        const int16_t * own_values = values ? values + t*group.layout.n_inputs : nullptr; // a line of tokens per input
+        for (int64_t tile = 0; tile < group.width; tile++) {
+            finish_tile(group, tile, tokens.schedules + t, tokens.outputs + t, std::min<int64_t>(SPIKE_TOKEN_LINE, tokens.n - t), own_values,
+                        s.potential + t*TOKEN_STRIDE + tile*SPIKE_TILE_ROWS);
         }
     }
     for (int64_t t = 0; t < tokens.n; t++) {
@@ -202,18 +211,47 @@ void compute_tiles(const tile_group & group, const token_block & tokens, bool by
     }
 }
 
-// Tiles are served in groups of the width that the kernels like, unless threads would go without.
-int64_t group_width(const product & product, int64_t n_tiles, int n_threads) {
-    int64_t n_blocks = 0;
+// How the work is cut: tiles in groups of the width that the kernels like, tokens in blocks that share a copy of their lines.
+struct cut {
+    int64_t width, token_block;
+};
+
+int64_t count_units(const product & product, int64_t n_tiles, const cut & c) {
+    int64_t n = 0;
     for (int64_t j = 0; j < product.n_jobs(); j++) {
-        n_blocks += (product.get_job(j).n_tokens + TOKEN_BLOCK - 1)/TOKEN_BLOCK;
+        n += (product.get_job(j).n_tokens + c.token_block - 1)/c.token_block;
     }
-    const int64_t width = spike_select_kernels()->prompt->width;
-    const int64_t wide = (n_tiles + width - 1)/width*n_blocks;
-    return wide >= n_threads ? width : 1;
+    return n*((n_tiles + c.width - 1)/c.width);
+}
+
+// As large as leaves enough units for all threads.
+cut cut_work(const product & product, int64_t n_tiles, int64_t most_tokens, int n_threads) {
+    cut c = { spike_select_kernels()->prompt->width, most_tokens };
+    while (n_threads > 1 && c.token_block > SPIKE_TOKEN_LINE && count_units(product, n_tiles, c) < WELL_BALANCED*n_threads) {
+        c.token_block /= 2;
+    }
+    if (count_units(product, n_tiles, c) < n_threads) {
+        c.width = 1;
+    }
+    return c;
 }
 
 } // namespace
+
+void transpose_tokens(const spike_schedule * const * schedules, int64_t n_tokens, int64_t n_inputs, int16_t * lines) {
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += 8) {
+        const int8_t * fine[8], * coarse[8];
+        int shift[8];
+        for (int64_t t = 0; t < 8; t++) {
+            const spike_schedule * schedule = t0 + t < n_tokens ? schedules[t0 + t] : nullptr;
+            const bool present = schedule && goes_in_lines(schedule);
+            fine[t]   = present ? spike_schedule_values(schedule, n_inputs, 0) : nullptr;
+            coarse[t] = present ? spike_schedule_values(schedule, n_inputs, 1) : nullptr;
+            shift[t]  = present ? schedule->shift : 0;
+        }
+        spike_select_kernels()->prompt->transpose_values(fine, coarse, shift, n_inputs, lines + t0);
+    }
+}
 
 size_t prompt_scratch_size(int64_t n_inputs) {
     return prompt_scratch(nullptr, n_inputs).size;
@@ -221,9 +259,10 @@ size_t prompt_scratch_size(int64_t n_inputs) {
 
 void compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
-    const int64_t width = group_width(product, layout.n_tiles, params->nth);
+    const bool routed = op->op == GGML_OP_MUL_MAT_ID;
+    const cut  c      = cut_work(product, layout.n_tiles, routed ? SPIKE_TOKEN_LINE : MOST_TOKENS, params->nth);
     prompt_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
-    for_each_unit(params, product, TOKEN_BLOCK, (layout.n_tiles + width - 1)/width, [&](int64_t j, int64_t g, int64_t t0, int64_t n_tokens) {
+    for_each_unit(params, product, c.token_block, (layout.n_tiles + c.width - 1)/c.width, [&](int64_t j, int64_t g, int64_t t0, int64_t n_tokens) {
         token_block tokens;
         tokens.n = n_tokens;
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -231,14 +270,19 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             tokens.schedules[t] = (const spike_schedule *) (work + w.trains + (size_t) tok.column*w.train_size);
             tokens.outputs[t]   = tok.output;
         }
-        const bool by_lines = n_tokens >= spike_select_kernels()->prompt->tokens_for_lines;
-        if (by_lines && (scratch.job != j || scratch.first_token != t0)) {
-            transpose_values(tokens, layout.n_inputs, scratch);
-            scratch.job         = j;
-            scratch.first_token = t0;
+        const int16_t * values = nullptr;
+        if (w.lines_per_job > 0) {
+            values = (const int16_t *) (work + w.lines) + (j*w.lines_per_job*SPIKE_TOKEN_LINE + t0)*layout.n_inputs;
+        } else if (routed && goes_by_lines(n_tokens)) {
+            if (scratch.job != j || scratch.first_token != t0) {
+                transpose_tokens(tokens.schedules, n_tokens, layout.n_inputs, scratch.values);
+                scratch.job         = j;
+                scratch.first_token = t0;
+            }
+            values = scratch.values;
         }
-        const tile_group group = { layout, (const uint8_t *) product.get_job(j).matrix, g*width, std::min(width, layout.n_tiles - g*width) };
-        compute_tiles(group, tokens, by_lines, scratch);
+        const tile_group group = { layout, (const uint8_t *) product.get_job(j).matrix, g*c.width, std::min(c.width, layout.n_tiles - g*c.width) };
+        compute_tiles(group, tokens, values, scratch);
     });
 }
 

@@ -1,5 +1,6 @@
 #include "spike-work.h"
 
+#include "spike-prompt.h"
 #include "spike-schedule.h"
 #include "spike-tiles.h"
 
@@ -21,7 +22,12 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
     w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
     w.trains  = w.blocks + aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
-    w.table   = w.trains + (size_t) n_columns*w.train_size;
+    w.lines   = w.trains + (size_t) n_columns*w.train_size;
+    // the tokens of a matrix follow each other, unless they are routed
+    const bool dense = op->op == GGML_OP_MUL_MAT && !serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
+    w.lines_per_job  = dense && goes_by_lines(op->src[1]->ne[1]) ? (op->src[1]->ne[1] + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
+    const int64_t n_lines = w.lines_per_job*op->src[1]->ne[2]*op->src[1]->ne[3];
+    w.table   = w.lines + (size_t) (n_lines*n_inputs*SPIKE_TOKEN_LINE)*sizeof(int16_t);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
     const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks) : prompt_scratch_size(n_inputs);

@@ -8,12 +8,24 @@ namespace spike {
 constexpr size_t OTHERS_WORK = 2048; // bytes per thread at the start, for operations between products that share an input
 
 struct work_layout {
-    size_t  blocks, trains, scratch, table; // offsets; trains are spike_schedules where many tokens are served
+    size_t  blocks, trains, lines, scratch, table; // offsets; trains are spike_schedules where many tokens are served
+    int64_t lines_per_job;                         // lines of 64 tokens, see spike-prompt.h; 0: none are kept here
     size_t  scratch_per_thread;
     size_t  size;
     int64_t n_chunks;   // of a train
     size_t  train_size; // bytes from one train to the next
 };
+
+// Brings memory near that this thread will soon read, or write.
+template <bool WRITE> void bring_near(const void * memory, size_t size) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < size; i += ALIGNMENT) {
+        __builtin_prefetch((const char *) memory + i, WRITE, 3);
+    }
+#else
+    (void) memory, (void) size;
+#endif
+}
 
 work_layout layout_work(const ggml_tensor * op, int n_threads);
 

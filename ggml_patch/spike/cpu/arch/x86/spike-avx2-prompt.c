@@ -1,5 +1,5 @@
 // AVX2 for many tokens.
-#include "spike-transpose.h"
+#include "spike-token-lines.h"
 
 #include <string.h>
 
@@ -137,35 +137,6 @@ static void integrate_schedule(const uint8_t * lines, int64_t width, const spike
     }
     for (int w = 0; w < 2; w++) {
         run_schedule(lines + SPIKE_LINE_BYTES*w, SPIKE_LINE_SHIFT + 1, program, spikes, potential + SPIKE_TILE_ROWS*w);
-    }
-}
-
-// Bits 6-7 of a salient weight: nothing, add, subtract, nothing.
-static const int32_t SIGNS[4] = { 0, 0x00010001, -1, 0 };
-
-static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    for (int row = 0; row < SPIKE_TILE_ROWS; row += 8) {
-        int16_t sums[8][SPIKE_TOKEN_LINE];
-        for (int r = 0; r < 8; r++) {
-            const uint8_t * salient = salients + row + r;
-            const int16_t * block   = values;
-            __m256i sum[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
-            for (int64_t k = 0; k < n_blocks; k++) {
-                for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-                    const __m256i * line = (const __m256i *) (block + (*salient & 63)*SPIKE_TOKEN_LINE);
-                    const __m256i   sign = _mm256_set1_epi32(SIGNS[*salient >> 6]);
-                    for (int q = 0; q < 4; q++) {
-                        sum[q] = _mm256_add_epi16(sum[q], _mm256_sign_epi16(_mm256_loadu_si256(line + q), sign));
-                    }
-                    salient += SPIKE_TILE_ROWS;
-                }
-                block += QK_SPK*SPIKE_TOKEN_LINE;
-            }
-            for (int q = 0; q < 4; q++) {
-                _mm256_storeu_si256((__m256i *) (sums[r] + 16*q), sum[q]);
-            }
-        }
-        add_transposed(sums, stride, potential + row);
     }
 }
 

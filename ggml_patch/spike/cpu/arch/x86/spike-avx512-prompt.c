@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: two tiles side by side, 256 neurons. The arithmetic is that of spike-avx2-prompt.c.
-#include "spike-transpose.h"
+#include "spike-token-lines.h"
 
 #include <string.h>
 
@@ -137,38 +137,6 @@ static void integrate_schedule(const uint8_t * lines, int64_t width, const spike
         run_schedule(lines, 2, program, spikes, potential);
     } else {
         run_schedule(lines, 1, program, spikes, potential);
-    }
-}
-
-// A value enters as (value & USED[sign]) ^ FLIPPED[sign]; a flipped one is short by 1.
-static const int32_t USED[4]    = { 0, -1, -1, 0 };
-static const int32_t FLIPPED[4] = { 0, 0, -1, 0 };
-
-static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    for (int row = 0; row < SPIKE_TILE_ROWS; row += 8) {
-        int16_t sums[8][SPIKE_TOKEN_LINE];
-        for (int r = 0; r < 8; r++) {
-            const uint8_t * salient = salients + row + r;
-            const int16_t * block   = values;
-            __m512i a = _mm512_setzero_si512(), b = a;
-            int16_t n_flipped = 0;
-            for (int64_t k = 0; k < n_blocks; k++) {
-                for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-                    const int16_t * line = block + (*salient & 63)*SPIKE_TOKEN_LINE;
-                    const int sign = *salient >> 6;
-                    const __m512i used = _mm512_set1_epi32(USED[sign]), flipped = _mm512_set1_epi32(FLIPPED[sign]);
-                    a = _mm512_add_epi16(a, _mm512_ternarylogic_epi64(_mm512_loadu_si512(line), used, flipped, 0x6A));
-                    b = _mm512_add_epi16(b, _mm512_ternarylogic_epi64(_mm512_loadu_si512(line + 32), used, flipped, 0x6A));
-                    n_flipped = (int16_t) (n_flipped + (sign == 2));
-                    salient += SPIKE_TILE_ROWS;
-                }
-                block += QK_SPK*SPIKE_TOKEN_LINE;
-            }
-            const __m512i missing = _mm512_set1_epi16(n_flipped);
-            _mm512_storeu_si512(sums[r],      _mm512_add_epi16(a, missing));
-            _mm512_storeu_si512(sums[r] + 32, _mm512_add_epi16(b, missing));
-        }
-        add_transposed(sums, stride, potential + row);
     }
 }
 
