@@ -117,11 +117,14 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
     const bool    few        = serves_few_tokens(op);
     float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
 
-    for (int64_t c = params->ith*n_columns/params->nth; c < (params->ith + 1)*n_columns/params->nth; c++) {
+    const int64_t first = w.own_encoding ? 0 : params->ith*n_columns/params->nth;
+    const int64_t last  = w.own_encoding ? 1 : (params->ith + 1)*n_columns/params->nth;
+    for (int64_t c = first; c < last; c++) {
+        const int64_t place = w.own_encoding ? params->ith : c;
         const int64_t i1 = c % src1->ne[1], i2 = c/src1->ne[1] % src1->ne[2], i3 = c/(src1->ne[1]*src1->ne[2]);
         const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
-        block_spka *  blocks = (block_spka *) (work + w.blocks) + c*(n_inputs/QK_SPK);
-        void *   train  = work + w.trains + (size_t) c*w.train_size;
+        block_spka *  blocks = (block_spka *) (work + w.blocks) + place*(n_inputs/QK_SPK);
+        void *   train  = work + w.trains + (size_t) place*w.train_size;
         int8_t * values = nullptr;
         if (tiles && few) {
             ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;

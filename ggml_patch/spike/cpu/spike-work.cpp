@@ -19,9 +19,11 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     work_layout w;
     w.n_chunks   = chunks_of(op);
     w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
+    w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && form_of(op->src[0]) == weight_form::tiles;
+    const int64_t n_encoded = w.own_encoding ? n_threads : n_columns;
     w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
-    w.trains  = w.blocks + aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
-    w.table   = w.trains + (size_t) n_columns*w.train_size;
+    w.trains  = w.blocks + aligned((size_t) n_encoded*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+    w.table   = w.trains + (size_t) n_encoded*w.train_size;
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
     const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks) : prompt_scratch_size(n_inputs);
