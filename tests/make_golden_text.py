@@ -22,8 +22,8 @@ PROMPT = [1, 299, 310, 321]
 N_TOKENS = 200
 SEEDS = range(100)
 SHAPE = {"n_layer": 1, "n_embd": 64, "n_ff": 128, "n_head": 2, "n_head_kv": 1}
-# What is not a linear layer may differ in its last bits, and a value next to a tie then gets another code. The
-# text must be one that such noise does not change.
+# What is not a linear layer may differ in its last bits, and a value next to a tie then gets another code. So
+# the text must be one that such noise does not change.
 NOISE, TRIALS = 1e-6, 4
 
 

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikequant_gguf import codec
-from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes, blocks_to_bytes
+from spikequant_gguf.errors import FormatError
+from spikequant_gguf.format import BLOCK_SPKA, TYPE_SPK4, TYPE_SPKA, blocks_from_bytes, blocks_to_bytes
 from spikequant_gguf.ggml_api import MatMul, mul_mat, mul_mat_id
 from spikequant_gguf.native import load
+from spikequant_gguf.validation import first_weight_fault
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -260,6 +262,64 @@ def test_rows_whose_blocks_disagree_give_nan(buffer):
     found = mul_mat(TYPE_SPK4, blocks_to_bytes(weights), draw("normal", 10, 2, 256), buffer=buffer)
     assert np.isnan(found[:, 2]).all()
     assert np.isfinite(np.delete(found, 2, axis=1)).all()
+
+
+# ---- every bit pattern
+
+
+def test_every_header():
+    """All 65,536, valid or not: the values of the reference; valid are the same ones."""
+    native = load()
+    headers = np.arange(0x10000, dtype=np.uint16)
+    blocks = codec.encode_weights(draw("normal", 1, 1, 64)).repeat(len(headers), axis=0)
+    blocks["header"] = headers[:, None]
+    data = blocks_to_bytes(blocks)
+    with np.errstate(all="ignore"):
+        assert same(native.dequantize(TYPE_SPK4, data, 64), codec.decode_weights(blocks))
+    valid = ((headers & 0x7C00) != 0x7C00) & ((headers & 0x7FF0) != 0)
+    found = [native.validate(TYPE_SPK4, row) for row in data]
+    assert np.array_equal(found, valid)
+
+
+def test_every_byte_at_every_place_of_a_block():
+    """256 x 36 weights: decoded and judged as by the reference."""
+    native = load()
+    base = blocks_to_bytes(codec.encode_weights(draw("normal", 2, 1, 64), rotated=False))
+    data = base.repeat(256 * base.shape[1], axis=0)
+    place = np.arange(base.shape[1]).repeat(256)
+    data[np.arange(len(data)), place] = np.tile(np.arange(256), base.shape[1])
+    with np.errstate(all="ignore"):
+        decoded = codec.decode_weights(blocks_from_bytes(data))
+        assert same(native.dequantize(TYPE_SPK4, data, 64), decoded)
+    judged = [native.validate(TYPE_SPK4, row) for row in data]
+    faults = [first_weight_fault(blocks_from_bytes(row[None])) for row in data]
+    assert judged == [fault is None for fault in faults] and 0 < sum(judged) < len(judged)
+
+
+def test_every_byte_at_every_place_of_a_token():
+    """256 x 64 activations, unvalidated."""
+    native = load()
+    base = native.encode_activations(draw("outliers", 3, 1, 64), rotated=False).view(np.uint8)
+    data = base.repeat(256 * base.shape[1], axis=0)
+    place = np.arange(base.shape[1]).repeat(256)
+    data[np.arange(len(data)), place] = np.tile(np.arange(256), base.shape[1])
+    blocks = data.view(BLOCK_SPKA)
+    faults = []
+    for token in blocks:
+        try:
+            codec.validate_activations(token[None])
+            faults.append("")
+        except FormatError as error:
+            faults.append(error.reason)
+    valid = blocks[np.array(faults) == ""]
+    assert 0 < len(valid) < len(blocks)
+    with np.errstate(all="ignore"):
+        assert same(native.decode_activations(valid), codec.decode_activations(valid))
+    native.decode_activations(blocks)  # whatever it is, without a crash
+    # ggml's check knows blocks, and one rule is about tokens
+    of_token = "salient shift in a token without coarse values"
+    judged = [native.validate(TYPE_SPKA, token.view(np.uint8)) for token in blocks]
+    assert judged == [fault in ("", of_token) for fault in faults] and of_token in faults
 
 
 # ---- instruction sets
