@@ -15,7 +15,7 @@ from native_build import build, host_architecture, target_of
 from spikequant_gguf.runtime import RuntimeInfo
 
 FOLDER = Path(__file__).parent / "fuzz"
-INPUTS = {"fuzz_blocks": 100_000, "fuzz_encode": 20_000, "fuzz_kernels": 10_000}
+INPUTS = {"fuzz_blocks": 100_000, "fuzz_encode": 20_000, "fuzz_kernels": 10_000, "fuzz_prompts": 10_000}
 
 
 def run_script(name: str, seed: int, count: int, folder: Path) -> dict:

@@ -1,33 +1,11 @@
 // Any bytes as repacked weights and as a token, unvalidated: every kernel that this CPU runs stays inside its memory and
 // gives the integers of plain C; where rows and token are consistent, those of the dot product, too.
+#include "every_kernel.h"
 #include "fuzz.h"
 
-#include "spike/cpu/spike-kernels.h"
 #include "spike/cpu/spike-potentials.h"
 
-enum { MAX_KERNELS = 4, MAX_BLOCKS = 5 };
-
-static const spike_kernels * kernels[MAX_KERNELS];
-static int n_kernels;
-
-static void find_kernels(void) {
-    if (n_kernels > 0) {
-        return;
-    }
-    kernels[n_kernels++] = &spike_kernels_plain_c;
-#if defined(SPIKE_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2")) {
-        kernels[n_kernels++] = &spike_kernels_avx2;
-    }
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-            && __builtin_cpu_supports("avx512vbmi")) {
-        kernels[n_kernels++] = &spike_kernels_avx512;
-    }
-#elif defined(SPIKE_AARCH64)
-    kernels[n_kernels++] = &spike_kernels_neon;
-#endif
-}
+enum { MAX_BLOCKS = 5 };
 
 static spike_train * make_train(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
     const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
@@ -51,7 +29,8 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
             if (kernel->integrate_ahead && (c & 1)) {
-                kernel->integrate_ahead(lines.first, program, scaled, own, lines.first, scaled + program->first);
+                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 1) };
+                kernel->integrate_ahead(lines.first, program, scaled, own, &ahead);
             } else {
                 kernel->integrate(lines.first, program, scaled, own);
             }
@@ -75,7 +54,8 @@ static bool is_uniform(const block_spk4 * row, int64_t n_blocks) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
-    find_kernels();
+    const spike_kernels * kernels[MAX_KERNELS];
+    const int n_kernels = every_kernel(kernels);
     fuzz_input input = fuzz_open(data, size);
     const int64_t n_blocks = 1 + fuzz_byte(&input) % MAX_BLOCKS, n_inputs = n_blocks*QK_SPK;
     const int64_t n_rows   = 1 + (fuzz_byte(&input) % 8 == 0 ? fuzz_below(&input, 3*SPIKE_TILE_ROWS) : fuzz_byte(&input) % 4);
