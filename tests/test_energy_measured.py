@@ -1,7 +1,7 @@
 """Measurement from end to end on counters of our own: a powercap tree, a `perf` and a `powermetrics`.
 
-Helper processes play the hardware: they advance the counter with time, and faster while the measuring process
-computes. So what must come out is known.
+Processes of our own play the hardware: they advance the counter with time, and faster while the measuring
+process computes. So what must come out is known.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def spin(*_: object) -> None:
         pass
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="the helper reads Linux's process times")
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="process times are read from /proc")
 @pytest.mark.parametrize("work", ["known", "real"])
 def test_the_whole_loop_on_a_powercap_tree(
     tiny_models: dict[str, Path], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
