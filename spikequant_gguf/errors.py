@@ -19,8 +19,8 @@ _LONGEST = 1000
 class SpikeQuantError(Exception):
     """Base of all errors that this package raises on purpose.
 
-    Names in the message may come from a hostile file: what a terminal would obey is escaped, what is too long
-    is shortened.
+    Names in the message may come from a hostile file: what a terminal would obey is escaped, lines are joined,
+    what is too long is shortened.
 
     Attributes:
         message: one sentence that says what is wrong.
@@ -42,7 +42,7 @@ def _printable(text: str) -> str:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
+        for character in " ".join(text.splitlines())
     )
 
 

@@ -293,7 +293,7 @@ def test_comparison_of_types(
     assert list(rows) == ["F16", "SPK4", "Q4_0"]
     for row in rows.values():
         assert set(row) >= ROW_KEYS
-        assert row["energy"] is None
+        assert row["energy"]["method"] == "op_model" and row["energy"]["pj_per_token"] > 0
         assert row["bytes"] == Path(row["file"]).stat().st_size
         assert row["prompt_tps"] > 0 and row["decode_tps"] > 0 and row["decode_ratio"] > 0
     assert (rows["F16"]["kld"], rows["F16"]["same_top"]) == (0, 1)

@@ -104,7 +104,7 @@ def test_task_of_the_real_model(real_models: dict[str, Path], tmp_path: Path) ->
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     accuracy = {}
     for kind in ("f16", "spk4"):
-        with HarnessModel(real_models[kind], ctx_size=128, threads=2) as model:
+        with HarnessModel(real_models[kind], ctx_size=128, threads=1) as model:
             found = lm_eval.simple_evaluate(
                 model, tasks=["everyday"], task_manager=manager, bootstrap_iters=0, log_samples=False
             )
