@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 
 import numpy as np
 import pytest
@@ -20,6 +20,12 @@ TRAIN_BYTES = 32  # spike_train
 CLASSES = 2
 
 
+class _Ahead(ctypes.Structure):
+    """spike_ahead of spike-kernels.h."""
+
+    _fields_ = [("lines", c_void_p), ("offsets", c_void_p), ("position", c_uint32), ("step", c_uint32)]
+
+
 class _Kernels(ctypes.Structure):
     """spike_kernels of spike-kernels.h."""
 
@@ -27,7 +33,7 @@ class _Kernels(ctypes.Structure):
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
-        ("integrate_ahead", ctypes.CFUNCTYPE(None, *(c_void_p,) * 6)),
+        ("integrate_ahead", ctypes.CFUNCTYPE(None, *(c_void_p,) * 5)),
         ("prompt", c_void_p),
     ]
 
@@ -89,7 +95,8 @@ class Train:
                 arguments = lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
                 if ahead:
                     offsets = np.zeros(self.max_spikes, np.uint32)
-                    kernels(name).integrate_ahead(*arguments, lines.ctypes.data, offsets.ctypes.data)
+                    requests = _Ahead(lines.ctypes.data, offsets.ctypes.data, 0, 3 << 14)
+                    kernels(name).integrate_ahead(*arguments, ctypes.byref(requests))
                 else:
                     kernels(name).integrate(*arguments)
         return result

@@ -83,18 +83,6 @@ static inline uint64_t mask_of(const uint8_t flags[QK_SPK]) {
     return mask;
 }
 
-static inline int lowest_bit(uint64_t mask) {
-#if defined(__GNUC__)
-    return __builtin_ctzll(mask);
-#else
-    int bit = 0;
-    while (!(mask >> bit & 1)) {
-        bit++;
-    }
-    return bit;
-#endif
-}
-
 static inline int32_t magnitude_bits(float x) {
     int32_t u;
     memcpy(&u, &x, sizeof(u));
@@ -198,7 +186,7 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
         // then those that a fifth bit brings nearer
         uint64_t salient_mask = 0, fifth_bits = 0, coarse_mask = 0;
         for (uint64_t left = mask_of(outside); left != 0; left &= left - 1) {
-            const int   i = lowest_bit(left);
+            const int   i = spike_lowest_bit(left);
             const float u = units[i];
             const float q = rounded[i];
             const float edge = q < lo ? lo : hi;

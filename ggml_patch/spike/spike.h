@@ -35,6 +35,19 @@ static inline float spike_round(float x) {
     return (x + shifter) - shifter;
 }
 
+// Of a mask that is not 0.
+static inline int spike_lowest_bit(uint64_t mask) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(mask);
+#else
+    int bit = 0;
+    while (!(mask >> bit & 1)) {
+        bit++;
+    }
+    return bit;
+#endif
+}
+
 // ---- rotation
 
 // Walsh-Hadamard transform of 64 values in place, normalized by 1/8: its own inverse.

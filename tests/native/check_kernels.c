@@ -54,7 +54,8 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
             if (kernels->integrate_ahead && !gathered) { // a prefetch of the same lines changes nothing
-                kernels->integrate_ahead(lines.first, program, scaled, own, lines.first, scaled + program->first);
+                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 1) };
+                kernels->integrate_ahead(lines.first, program, scaled, own, &ahead);
             } else {
                 kernels->integrate(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own);
             }

@@ -1,4 +1,9 @@
-// One token: tiles side by side, chunk by chunk, the next chunk's lines on their way from memory.
+// One token: tiles side by side, chunk by chunk, and what comes next always on its way from memory.
+//
+// A product of one token is bound by memory, which is read at full speed only if requests for lines come evenly and in the
+// order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
+// inputs are left out. So the work of a thread is a sequence of stages (each chunk of inputs, then the salient weights), and
+// while a stage computes, the lines of the next one are requested, one for every so many places of its spike lists.
 #include "spike-tiles.h"
 
 #include <algorithm>
@@ -7,22 +12,26 @@
 namespace spike {
 namespace {
 
+constexpr uint32_t LEAD_LINES      = 1024; // requested beyond the next stage
+constexpr uint32_t MAX_STAGE_LINES = 8192; // further ones are left to the CPU's own prefetcher
+
+// Tiles that a thread computes together: neighbours in a strip.
+struct tile_group {
+    int64_t first_tile, n_tiles;
+};
+
 // What a thread keeps while it serves one token.
 struct decode_scratch {
     int32_t *  potential; // [tile][class][row]
     uint32_t * offsets;   // [spike], of lines in a strip
-    uint32_t * ahead;     // [place], of lines to prefetch while the programs of a chunk run
+    uint32_t * ahead;     // lines to request, of three stages at most
     size_t     size;
-
-    // what offsets belong to
-    int64_t job    = -1, token = -1;
-    size_t  stride = 0;
 
     decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
         scratch_arrays arrays(memory);
         arrays.take(potential, SPIKE_STRIP_TILES*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
-        arrays.take(ahead, SPIKE_STRIP_TILES*(spike_max_spikes(DECODE_CHUNK_BLOCKS*QK_SPK, 1) + 1));
+        arrays.take(ahead, 3*(MAX_STAGE_LINES + SPIKE_STRIP_TILES));
         size = arrays.size();
     }
 };
@@ -35,98 +44,185 @@ void prefetch(const uint8_t * line) {
 #endif
 }
 
-// Offsets of the active lines of a chunk in the order of their addresses, which memory serves fastest.
-// Returns how many; up to 16 more places are overwritten.
-uint32_t list_active_lines(const spike_train * train, int64_t n_inputs, int64_t chunk, size_t stride, int64_t n_tiles, uint32_t * list) {
-    const int8_t * fine   = spike_train_values(train, n_inputs, 0);
-    const int8_t * coarse = spike_train_values(train, n_inputs, 1);
-    uint32_t active[DECODE_CHUNK_BLOCKS*QK_SPK], n_active = 0;
-    for (int64_t i = spike_chunk_start(n_inputs, train->n_chunks, chunk); i < spike_chunk_start(n_inputs, train->n_chunks, chunk + 1); i++) {
-        active[n_active] = (uint32_t) i;
-        n_active += (fine[i] | coarse[i]) != 0;
-    }
-    for (uint32_t e = 0; e < n_active; e++) {
-        for (uint32_t t = 0; t < SPIKE_STRIP_TILES; t++) {
-            list[t] = active[e]*(uint32_t) stride + t*SPIKE_LINE_BYTES;
-        }
-        list += n_tiles;
-    }
-    return n_active*(uint32_t) n_tiles;
+// Waits for a line: unlike a prefetch it is never dropped.
+void touch(const uint8_t * line) {
+    (void) *(const volatile uint8_t *) line;
 }
 
-void integrate_single_token(const spike_layout & layout, const spike_tile_lines & lines, int64_t n_tiles, const spike_train * train, decode_scratch & s) {
-    const spike_kernels * kernels = spike_select_kernels();
-    if (s.stride != lines.stride) {
-        scale_offsets(train, lines.stride, s.offsets);
-        s.stride = lines.stride;
+// The stages of a thread's share of a matrix, and the lines that they read.
+class stage_list {
+  public:
+    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, int64_t first_tile, int64_t end_tile, uint32_t * lines) :
+        layout(layout), packed(packed), train(train), end_tile(end_tile), lines(lines) {
+        next.first_tile = first_tile;
+        next.n_tiles    = size_of_group(first_tile);
     }
-    memset(s.potential, 0, (size_t) n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
-    uint32_t n_ahead = kernels->integrate_ahead ? list_active_lines(train, layout.n_inputs, 0, lines.stride, n_tiles, s.ahead) : 0;
-    for (uint32_t e = 0; e < n_ahead; e++) {
-        prefetch(lines.first + s.ahead[e]);
+
+    // Before the first stage: nothing computes yet that requests could be spread over.
+    void start() {
+        append_stage();
+        for (uint32_t e = 0; e < end; e++) {
+            touch(packed + lines[e]);
+        }
+        begin = end;
+        append_stage();
     }
-    for (int64_t c = 0; c < train->n_chunks; c++) {
-        const bool last = c + 1 == train->n_chunks;
-        n_ahead = last || !kernels->integrate_ahead ? 0 : list_active_lines(train, layout.n_inputs, c + 1, lines.stride, n_tiles, s.ahead);
-        uint32_t n_places = 0;
+
+    // At the start of a stage that will visit so many places: what to request meanwhile.
+    spike_ahead enter(uint32_t n_places) {
+        memmove(lines, lines + begin, (end - begin)*sizeof(*lines));
+        end -= begin;
+        begin = 0;
+        const uint32_t needed = end; // the next stage's
+        append_stage();
+        target = std::min(needed + LEAD_LINES, end);
+        spike_ahead ahead = { packed, lines, 0, 0 };
+        if (n_places > 0) {
+            ahead.step = (uint32_t) std::min<uint64_t>(((uint64_t) target << SPIKE_AHEAD_SHIFT)/n_places, 1 << SPIKE_AHEAD_SHIFT);
+        }
+        return ahead;
+    }
+
+    // Within a stage without places: requests as much as is due when such a share of it is done.
+    void request(int64_t done, int64_t of) {
+        for (const uint32_t due = (uint32_t) (target*done/of); begin < due; begin++) {
+            prefetch(packed + lines[begin]);
+        }
+    }
+
+    // At the end of the stage: what has not been requested yet.
+    void leave(const spike_ahead & ahead) {
+        begin = std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT);
+        request(1, 1);
+    }
+
+    int64_t size_of_group(int64_t first) const {
+        const int64_t end_of_strip = (first/SPIKE_STRIP_TILES + 1)*SPIKE_STRIP_TILES;
+        return std::min(end_tile, end_of_strip) - first;
+    }
+
+  private:
+    void append_stage() {
+        if (next.n_tiles <= 0) {
+            return;
+        }
+        if (next_chunk < train->n_chunks) {
+            append_chunk(next_chunk++);
+            return;
+        }
+        append_salients();
+        next.first_tile += next.n_tiles;
+        next.n_tiles     = size_of_group(next.first_tile);
+        next_chunk       = 0;
+    }
+
+    // The active lines of a chunk.
+    void append_chunk(int64_t chunk) {
+        const spike_tile_lines first = spike_lines_of_tile(&layout, packed, next.first_tile);
+        const uint32_t start  = (uint32_t) (first.first - packed);
+        const uint32_t stride = (uint32_t) first.stride;
+        uint32_t n_active;
+        const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk, &n_active);
+        n_active = std::min(n_active, MAX_STAGE_LINES/SPIKE_STRIP_TILES);
+        uint32_t * list = lines + end;
+        for (uint32_t e = 0; e < n_active; e++) {
+            const uint32_t line = start + active[e]*stride;
+            for (uint32_t t = 0; t < SPIKE_STRIP_TILES; t++) { // a whole vector; the next input overwrites what is too much
+                list[t] = line + t*SPIKE_LINE_BYTES;
+            }
+            list += next.n_tiles;
+        }
+        end += n_active*(uint32_t) next.n_tiles;
+    }
+
+    void append_salients() {
+        const uint32_t start = (uint32_t) (spike_salients_of_tile(&layout, packed, next.first_tile, 0, 0) - packed);
+        const int64_t  bytes = next.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
+        const uint32_t n     = (uint32_t) std::min<int64_t>(bytes/SPIKE_LINE_BYTES, MAX_STAGE_LINES);
+        for (uint32_t e = 0; e < n; e++) {
+            lines[end + e] = start + e*SPIKE_LINE_BYTES;
+        }
+        end += n;
+    }
+
+    const spike_layout & layout;
+    const uint8_t *      packed;
+    const spike_train *  train;
+    const int64_t        end_tile;
+    uint32_t *           lines; // offsets
+    uint32_t             begin = 0, end = 0, target = 0;
+    tile_group           next;  // whose stage is to be appended
+    int64_t              next_chunk = 0;
+};
+
+void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_tile_lines & lines, int64_t n_tiles,
+                     decode_scratch & s, spike_ahead * ahead) {
+    for (int64_t t = 0; t < n_tiles; t++) {
         for (int k = 0; k < SPIKE_CLASSES; k++) {
-            n_places += spike_program_places(train, k, c);
-        }
-        n_places *= (uint32_t) n_tiles;
-        for (uint32_t e = n_ahead; n_ahead > 0 && e < n_places; e++) {
-            s.ahead[e] = s.ahead[n_ahead - 1];
-        }
-        const uint32_t * ahead = s.ahead;
-        for (int64_t t = 0; t < n_tiles; t++) {
-            for (int k = 0; k < SPIKE_CLASSES; k++) {
-                const uint8_t *       first     = lines.first + t*SPIKE_LINE_BYTES;
-                const spike_program * program   = spike_train_program(train, k, c);
-                int32_t *             potential = s.potential + (t*SPIKE_CLASSES + k)*SPIKE_TILE_ROWS;
-                if (n_ahead > 0) {
-                    kernels->integrate_ahead(first, program, s.offsets, potential, lines.first, ahead);
-                    ahead += spike_program_places(train, k, c);
-                } else {
-                    kernels->integrate(first, program, s.offsets, potential);
-                }
+            const spike_program * program = spike_train_program(train, k, chunk);
+            if (program->n_steps == 0) {
+                continue;
+            }
+            const uint8_t * first     = lines.first + t*SPIKE_LINE_BYTES;
+            int32_t *       potential = s.potential + (t*SPIKE_CLASSES + k)*SPIKE_TILE_ROWS;
+            if (ahead) {
+                kernels->integrate_ahead(first, program, s.offsets, potential, ahead);
+            } else {
+                kernels->integrate(first, program, s.offsets, potential);
             }
         }
-        for (uint32_t e = n_places; e < n_ahead; e++) {
-            prefetch(lines.first + s.ahead[e]);
-        }
     }
 }
 
-void compute_single_token(const product & product, int64_t j, int64_t t, int64_t tile0, int64_t n_tiles, const spike_layout & layout, const char * trains,
-                          size_t train_size, decode_scratch & s) {
-    const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
-    const token     tok    = product.get_token(j, t);
-    const spike_train * train = (const spike_train *) (trains + (size_t) tok.column*train_size);
-    if (s.job != j || s.token != t) {
-        s.job    = j;
-        s.token  = t;
-        s.stride = 0;
-    }
-    integrate_single_token(layout, spike_lines_of_tile(&layout, packed, tile0), n_tiles, train, s);
-    for (int64_t i = 0; i < n_tiles; i++) {
-        int32_t *       potential = s.potential + i*SPIKE_CLASSES*SPIKE_TILE_ROWS;
-        const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + i, 0, 0);
-        for (int k = 0; k < SPIKE_CLASSES; k++) {
-            add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
-        }
-        read_out(1, &train, &tok.output, layout, packed, tile0 + i, potential);
-    }
+uint32_t places_of_chunk(const spike_train * train, int64_t chunk) {
+    return spike_program_places(train, 0, chunk) + spike_program_places(train, 1, chunk);
 }
 
-// Tiles that one thread takes at a time: a whole strip, or less where threads would go without. A group lies in one strip.
-int64_t tiles_per_group(int64_t n_tiles, int n_threads) {
-    if (n_tiles <= SPIKE_STRIP_TILES) {
-        return (n_tiles + n_threads - 1)/n_threads;
+// A share of a matrix's tiles for one token.
+void compute_tiles(const spike_layout & layout, const uint8_t * packed, const spike_train * train, float * output, int64_t first_tile, int64_t end_tile,
+                   decode_scratch & s) {
+    if (first_tile >= end_tile) {
+        return;
     }
-    int64_t group = SPIKE_STRIP_TILES;
-    while (n_threads > 1 && group > 4 && n_tiles < 4*n_threads*group) {
-        group /= 2;
+    const spike_kernels * kernels = spike_select_kernels();
+    const bool requests = kernels->integrate_ahead && layout.size <= UINT32_MAX;
+    stage_list stages(layout, packed, train, first_tile, end_tile, s.ahead);
+    if (requests) {
+        stages.start();
     }
-    return group;
+    size_t stride = 0;
+    for (int64_t tile0 = first_tile, n_tiles; tile0 < end_tile; tile0 += n_tiles) {
+        n_tiles = stages.size_of_group(tile0);
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile0);
+        if (stride != lines.stride) {
+            stride = lines.stride;
+            scale_offsets(train, stride, s.offsets);
+        }
+        memset(s.potential, 0, (size_t) n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+        for (int64_t c = 0; c < train->n_chunks; c++) {
+            if (requests) {
+                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) n_tiles);
+                integrate_chunk(kernels, train, c, lines, n_tiles, s, &ahead);
+                stages.leave(ahead);
+            } else {
+                integrate_chunk(kernels, train, c, lines, n_tiles, s, nullptr);
+            }
+        }
+        if (requests) {
+            stages.enter(0);
+        }
+        for (int64_t t = 0; t < n_tiles; t++) {
+            int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
+            const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
+            for (int k = 0; k < SPIKE_CLASSES; k++) {
+                add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
+            }
+            read_out(1, &train, &output, layout, packed, tile0 + t, potential);
+            if (requests) {
+                stages.request(t + 1, n_tiles);
+            }
+        }
+    }
 }
 
 } // namespace
@@ -138,10 +234,16 @@ size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks) {
 void compute_single_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks);
-    const int64_t group = tiles_per_group(layout.n_tiles, params->nth);
-    for_each_unit(params, product, 1, (layout.n_tiles + group - 1)/group, [&](int64_t j, int64_t g, int64_t t, int64_t) {
-        compute_single_token(product, j, t, g*group, std::min(group, layout.n_tiles - g*group), layout, work + w.trains, w.train_size, scratch);
-    });
+    const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
+    for (int64_t j = 0; j < product.n_jobs(); j++) {
+        const job own = product.get_job(j);
+        for (int64_t t = 0; t < own.n_tokens; t++) {
+            const token tok = product.get_token(j, t);
+            // every thread has its share of every matrix, the same for each token
+            compute_tiles(layout, (const uint8_t *) own.matrix, (const spike_train *) (trains + (size_t) tok.column*w.train_size), tok.output,
+                          params->ith*layout.n_tiles/params->nth, (params->ith + 1)*layout.n_tiles/params->nth, scratch);
+        }
+    }
 }
 
 } // namespace spike

@@ -124,15 +124,15 @@ void prefetch_token(const ggml_tensor * op, int64_t column, char * work, const w
     bring_near<true>(spikes + (size_t) spike_schedule_max_spikes(n_inputs, w.n_chunks)*sizeof(uint16_t), (size_t) (2*n_inputs)); // values
 }
 
-// One row of src1.
-void encode_token(const ggml_tensor * op, int64_t column, const spike_encoder_params & encoder, char * work, const work_layout & w, float * scratch) {
+// One row of src1, to its place among the encoded ones.
+void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const spike_encoder_params & encoder, char * work, const work_layout & w, float * scratch) {
     const ggml_tensor * src1 = op->src[1];
     const int64_t n_inputs = src1->ne[0];
     const int64_t i1 = column % src1->ne[1], i2 = column/src1->ne[1] % src1->ne[2], i3 = column/(src1->ne[1]*src1->ne[2]);
     const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
     const bool tiles = form_of(op->src[0]) == weight_form::tiles, few = serves_few_tokens(op);
-    block_spka * blocks = (block_spka *) (work + w.blocks) + column*(n_inputs/QK_SPK);
-    void *       train  = work + w.trains + (size_t) column*w.train_size;
+    block_spka * blocks = (block_spka *) (work + w.blocks) + place*(n_inputs/QK_SPK);
+    void *       train  = work + w.trains + (size_t) place*w.train_size;
     int8_t *     values = nullptr;
     if (tiles && few) {
         ((spike_train *) train)->n_chunks = (int32_t) w.n_chunks;
@@ -166,6 +166,10 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
     const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
     float * scratch = (float *) (work + w.scratch + (size_t) params->ith*w.scratch_per_thread);
 
+    if (w.own_encoding) {
+        encode_token(op, 0, params->ith, encoder, work, w, scratch);
+        return;
+    }
     for (int64_t g = params->ith*n_groups/params->nth; g < (params->ith + 1)*n_groups/params->nth; g++) {
         const int64_t job = g/groups_per_job, t0 = g % groups_per_job*group, n = std::min(group, n_tokens - t0);
         const spike_schedule * schedules[MOST];
@@ -174,7 +178,7 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
             if (w.lines_per_job > 0 && t + 1 < n) {
                 prefetch_token(op, column + 1, work, w);
             }
-            encode_token(op, column, encoder, work, w, scratch);
+            encode_token(op, column, column, encoder, work, w, scratch);
             schedules[t] = (const spike_schedule *) (work + w.trains + (size_t) column*w.train_size);
         }
         if (w.lines_per_job > 0) {

@@ -10,6 +10,16 @@
 extern "C" {
 #endif
 
+// Lines to prefetch while something else computes: a position that moves on by a fraction of a place each time, so that
+// the requests are spread evenly. The memory system drops what comes in bursts.
+#define SPIKE_AHEAD_SHIFT 16
+typedef struct {
+    const uint8_t *  lines;
+    const uint32_t * offsets;  // of lines
+    uint32_t         position; // in offsets, times 2^SPIKE_AHEAD_SHIFT
+    uint32_t         step;
+} spike_ahead;
+
 typedef struct {
     const char * name;
 
@@ -23,9 +33,9 @@ typedef struct {
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
 
     // integrate, and for every place in the program's lists (see spike_program_places) a prefetch into the second-level
-    // cache: of the line ahead + ahead_offsets[place], which a later program needs. NULL: there is only integrate.
+    // cache, of a line that a later program needs. NULL: there is only integrate.
     void (*integrate_ahead)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                            int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead, const uint32_t * ahead_offsets);
+                            int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead);
 
     const spike_prompt_kernels * prompt; // for many tokens
 } spike_kernels;

@@ -88,7 +88,9 @@ void compute(const ggml_compute_params * params, ggml_tensor * op) {
         }
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
-    ggml_barrier(params->threadpool);
+    if (!w.own_encoding) {
+        ggml_barrier(params->threadpool);
+    }
 
     if (routed) {
         run_product(params, routed_product(op, matrix_stride, work + w.table), op, work, w);

@@ -3,6 +3,9 @@
 // The train is cut into programs, one for each class of spikes and chunk of inputs. A program walks down the time axis,
 // one step per magnitude: first the inputs that fire then (those with positive sign, then those with negative), then every
 // potential grows by its current. Magnitude m fires at time 16 - m.
+//
+// Coarse spikes are few, so that a program for each chunk would be all overhead: those of several chunks (a span, of at most
+// SPIKE_CHUNK_BLOCKS blocks) are in the program of the last of them, and the other coarse programs are empty.
 #pragma once
 
 #include "spike/spike.h"
@@ -84,6 +87,18 @@ static inline const int8_t * spike_train_values(const spike_train * train, int64
 
 static inline int8_t * spike_train_values_to_fill(spike_train * train, int64_t n_inputs) {
     return (int8_t *) (uintptr_t) spike_train_values(train, n_inputs, 0);
+}
+
+// Where the list of active inputs of each chunk starts, and where the last one ends: n_chunks + 1 numbers, then the lists.
+static inline const uint32_t * spike_train_active_starts(const spike_train * train, int64_t n_inputs) {
+    return (const uint32_t *) spike_train_values(train, n_inputs, SPIKE_CLASSES);
+}
+
+// Inputs that fire in the programs of a chunk.
+static inline const uint16_t * spike_train_active(const spike_train * train, int64_t n_inputs, int64_t chunk, uint32_t * n) {
+    const uint32_t * starts = spike_train_active_starts(train, n_inputs);
+    *n = starts[chunk + 1] - starts[chunk];
+    return (const uint16_t *) (starts + train->n_chunks + 1) + starts[chunk];
 }
 
 size_t spike_train_size(int64_t n_inputs, int64_t n_chunks);

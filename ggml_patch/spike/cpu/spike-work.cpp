@@ -20,9 +20,11 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     work_layout w;
     w.n_chunks   = chunks_of(op);
     w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
+    w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && form_of(op->src[0]) == weight_form::tiles;
+    const int64_t n_encoded = w.own_encoding ? n_threads : n_columns;
     w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
-    w.trains  = w.blocks + aligned((size_t) n_columns*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
-    w.lines   = w.trains + (size_t) n_columns*w.train_size;
+    w.trains  = w.blocks + aligned((size_t) n_encoded*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
+    w.lines   = w.trains + (size_t) n_encoded*w.train_size;
     // the tokens of a matrix follow each other, unless they are routed
     const bool dense = op->op == GGML_OP_MUL_MAT && !serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
     w.lines_per_job  = dense && goes_by_lines(op->src[1]->ne[1]) ? (op->src[1]->ne[1] + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;

@@ -32,7 +32,7 @@ static inline __attribute__((always_inline)) void flush(__m256i low, __m256i hig
 
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
                                                                        lanes * current0, lanes * current1, int negative,
-                                                                       const uint8_t * ahead, const uint32_t ** ahead_offsets) {
+                                                                       spike_ahead * ahead) {
     const __m256i nibble = _mm256_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
@@ -48,11 +48,9 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 high1 = _mm256_add_epi16(high1, _mm256_srli_epi16(y1, 4));
                 KEEP_ORDER(low0, high0, low1, high1);
                 if (ahead) {
-                    _mm_prefetch((const char *) ahead + (*ahead_offsets)[e], _MM_HINT_T1);
+                    _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
+                    ahead->position += ahead->step;
                 }
-            }
-            if (ahead) {
-                *ahead_offsets += SPIKE_LIST_UNIT;
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
@@ -90,15 +88,15 @@ static inline __attribute__((always_inline)) void grow(lanes * sum, const lanes 
 // With ahead NULL, known when this is compiled, nothing is prefetched.
 static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program,
                                                               const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
-                                                              const uint8_t * ahead, const uint32_t * ahead_offsets) {
+                                                              spike_ahead * ahead) {
     const __m256i zero = _mm256_setzero_si256();
     const lanes silent = { zero, zero, zero, zero };
     lanes current0 = silent, current1 = silent, sum0 = silent, sum1 = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current0, &current1, 0, ahead, &ahead_offsets);
-        offsets = add_list(lines, offsets, step->n_negative, &current0, &current1, 1, ahead, &ahead_offsets);
+        offsets = add_list(lines, offsets, step->n_positive, &current0, &current1, 0, ahead);
+        offsets = add_list(lines, offsets, step->n_negative, &current0, &current1, 1, ahead);
         grow(&sum0, &current0);
         grow(&sum1, &current1);
         if (step->spill) {
@@ -114,13 +112,14 @@ static inline __attribute__((always_inline)) void run_program(const uint8_t * li
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, program, offsets, potential, NULL, NULL);
+    run_program(lines, program, offsets, potential, NULL);
 }
 
 __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                     int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead,
-                                                     const uint32_t * ahead_offsets) {
-    run_program(lines, program, offsets, potential, ahead, ahead_offsets);
+                                                     int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+    spike_ahead own = *ahead; // in registers
+    run_program(lines, program, offsets, potential, &own);
+    ahead->position = own.position;
 }
 
 // Looks 32 positions up in a block's 64 values: four tables of 16, chosen by position bits 4 and 5.

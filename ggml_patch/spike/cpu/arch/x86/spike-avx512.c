@@ -15,8 +15,7 @@ static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b,
 }
 
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
-                                                                       lanes * current, int negative,
-                                                                       const uint8_t * ahead, const uint32_t ** ahead_offsets) {
+                                                                       lanes * current, int negative, spike_ahead * ahead) {
     const __m512i nibble = _mm512_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
@@ -29,11 +28,9 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
                 KEEP_ORDER(low, high);
                 if (ahead) {
-                    _mm_prefetch((const char *) ahead + (*ahead_offsets)[e], _MM_HINT_T1);
+                    _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
+                    ahead->position += ahead->step;
                 }
-            }
-            if (ahead) {
-                *ahead_offsets += SPIKE_LIST_UNIT;
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
@@ -69,15 +66,15 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
 // With ahead NULL, known when this is compiled, nothing is prefetched.
 static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program,
                                                               const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
-                                                              const uint8_t * ahead, const uint32_t * ahead_offsets) {
+                                                              spike_ahead * ahead) {
     const __m512i zero = _mm512_setzero_si512();
     const lanes silent = { zero, zero, zero, zero };
     lanes current = silent, sum = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead, &ahead_offsets);
-        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead, &ahead_offsets);
+        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead);
+        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead);
         sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
         sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
         sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
@@ -93,13 +90,14 @@ static inline __attribute__((always_inline)) void run_program(const uint8_t * li
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, program, offsets, potential, NULL, NULL);
+    run_program(lines, program, offsets, potential, NULL);
 }
 
 __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                     int32_t potential[SPIKE_TILE_ROWS], const uint8_t * ahead,
-                                                     const uint32_t * ahead_offsets) {
-    run_program(lines, program, offsets, potential, ahead, ahead_offsets);
+                                                     int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+    spike_ahead own = *ahead; // in registers
+    run_program(lines, program, offsets, potential, &own);
+    ahead->position = own.position;
 }
 
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
