@@ -15,11 +15,11 @@ spike_encoder_params spike_encoder_defaults(void) {
     return (spike_encoder_params) { 2.3f, 0.5f, 8, true };
 }
 
-// The element of the given rank (from 0) among n keys below 2^31: bit by bit, the largest value that at most
-// rank keys lie below. 31 sweeps without a branch, faster than a selection that has to move keys.
-SPIKE_CLONES static int32_t select_rank(const int32_t * keys, int64_t n, int64_t rank) {
-    int32_t found = 0;
-    for (int32_t bit = 1 << 30; bit > 0; bit >>= 1) {
+// The element of the given rank (from 0) among n keys below 2^31 of which all bits above `highest_bit` are those of `found`:
+// bit by bit, the largest value that at most rank keys lie below. Sweeps without a branch, faster than a selection that
+// has to move keys.
+SPIKE_CLONES static int32_t select_rank(const int32_t * keys, int64_t n, int64_t rank, int32_t found, int highest_bit) {
+    for (int32_t bit = 1 << highest_bit; bit > 0; bit >>= 1) {
         const int32_t trial = found | bit;
         int32_t below = 0;
         for (int64_t i = 0; i < n; i++) {
@@ -32,44 +32,96 @@ SPIKE_CLONES static int32_t select_rank(const int32_t * keys, int64_t n, int64_t
     return found;
 }
 
-// The same for the bits of non-negative finite floats, of which all but a few are first told apart by two bounds around
-// the likely median; the keys are lost. Any bounds give the same result, only not as fast.
-SPIKE_CLONES static int32_t select_median(int32_t * keys, int64_t n) {
-    enum { LANES = 16 };
+enum { BOUNDS = 8 };
+
+// How many keys lie below each of several bounds.
+SPIKE_CLONES static void count_below(const int32_t * keys, int64_t n, const int32_t bounds[BOUNDS], int32_t below[BOUNDS]) {
+    int32_t b0 = 0, b1 = 0, b2 = 0, b3 = 0, b4 = 0, b5 = 0, b6 = 0, b7 = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t key = keys[i];
+        b0 += key < bounds[0];
+        b1 += key < bounds[1];
+        b2 += key < bounds[2];
+        b3 += key < bounds[3];
+        b4 += key < bounds[4];
+        b5 += key < bounds[5];
+        b6 += key < bounds[6];
+        b7 += key < bounds[7];
+    }
+    const int32_t counts[BOUNDS] = { b0, b1, b2, b3, b4, b5, b6, b7 };
+    memcpy(below, counts, sizeof(counts));
+}
+
+// Moves the keys in lower..upper - 1 to the front, in order; n is a multiple of 64. Returns how many: few, so that most groups
+// of neighbours hold none.
+SPIKE_CLONES static int64_t keep_between(int32_t * keys, int64_t n, int32_t lower, int32_t upper) {
+    enum { GROUP = 16 };
+    const uint32_t width = (uint32_t) upper - (uint32_t) lower;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        int32_t any[QK_SPK/GROUP];
+        for (int g = 0; g < QK_SPK/GROUP; g++) {
+            int32_t found = 0;
+            for (int k = 0; k < GROUP; k++) {
+                found |= (uint32_t) keys[i + g*GROUP + k] - (uint32_t) lower < width;
+            }
+            any[g] = found;
+        }
+        for (int g = 0; g < QK_SPK/GROUP; g++) {
+            if (any[g]) {
+                for (int k = 0; k < GROUP; k++) {
+                    const int32_t key = keys[i + g*GROUP + k];
+                    keys[kept] = key;
+                    kept += (uint32_t) key - (uint32_t) lower < width;
+                }
+            }
+        }
+    }
+    return kept;
+}
+
+SPIKE_CLONES static float sum_of_magnitudes(const float * x, int64_t n) {
+    enum { LANES = 64 };
     float partial[LANES] = { 0.0f };
     for (int64_t i = 0; i < n; i += LANES) { // n is a multiple of 64
         for (int k = 0; k < LANES; k++) {
-            float x;
-            memcpy(&x, &keys[i + k], sizeof(x));
-            partial[k] += x;
+            partial[k] += fabsf(x[i + k]);
         }
     }
     float sum = 0.0f;
     for (int k = 0; k < LANES; k++) {
         sum += partial[k];
     }
-    const float mean = sum/(float) n; // of normal values the median of magnitudes is 0.845 of their mean
-    const float lower_bound = 0.79f*mean, upper_bound = 0.90f*mean;
-    int32_t lower, upper;
-    memcpy(&lower, &lower_bound, sizeof(lower));
-    memcpy(&upper, &upper_bound, sizeof(upper));
+    return sum;
+}
 
-    int32_t below_lower = 0, below_upper = 0;
-    for (int64_t i = 0; i < n; i++) {
-        below_lower += keys[i] < lower;
-        below_upper += keys[i] < upper;
-    }
+// The median of the magnitudes of x, whose bits are the keys. All but a few are first told apart by bounds around the likely
+// median; any bounds give the same result, only not as fast. The keys are lost.
+static int32_t select_median(const float * x, int32_t * keys, int64_t n) {
     const int64_t rank = n/2;
-    if (below_lower > rank || below_upper <= rank) {
-        return select_rank(keys, n, rank);
+    const float   mean = sum_of_magnitudes(x, n)/(float) n; // of normal values the median of magnitudes is 0.845 of their mean
+    static const float FACTORS[BOUNDS] = { 0.70f, 0.79f, 0.81f, 0.83f, 0.85f, 0.87f, 0.90f, 0.98f };
+    int32_t bounds[BOUNDS], below[BOUNDS];
+    for (int k = 0; k < BOUNDS; k++) {
+        const float bound = FACTORS[k]*mean;
+        memcpy(&bounds[k], &bound, sizeof(bound));
     }
-    int64_t n_between = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t key = keys[i];
-        keys[n_between] = key;
-        n_between += (key >= lower) & (key < upper);
+    count_below(keys, n, bounds, below);
+    if (below[0] > rank || below[BOUNDS - 1] <= rank) { // among them a mean that is infinite
+        return select_rank(keys, n, rank, 0, 30);
     }
-    return select_rank(keys, n_between, rank - below_lower);
+    int k = 0;
+    while (below[k + 1] <= rank) {
+        k++;
+    }
+    const int32_t lower = bounds[k], last = bounds[k + 1] - 1;
+    const int64_t n_between = keep_between(keys, n, lower, last + 1);
+    int highest_bit = 30; // that the keys in between may differ in
+    while (highest_bit > 0 && !((lower ^ last) >> highest_bit & 1)) {
+        highest_bit--;
+    }
+    const int32_t common = (int32_t) ((uint32_t) lower >> (highest_bit + 1) << (highest_bit + 1));
+    return select_rank(keys, n_between, rank - below[k], common, highest_bit);
 }
 
 // The bits of 64 bytes that are 0 or 1.
@@ -136,7 +188,7 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
         }
         return;
     }
-    const int32_t mad_bits = select_median(keys, n);
+    const int32_t mad_bits = select_median(v, keys, n);
     float mad, top;
     memcpy(&mad, &mad_bits, sizeof(mad));
     memcpy(&top, &top_bits, sizeof(top));
@@ -158,68 +210,53 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
 
     const float lo = (float) -params->zero_point;
     const float hi = (float) (15 - params->zero_point);
+    const float silence = params->silence;
+    const int32_t zero_point = params->zero_point;
     uint64_t any_coarse = 0;
     for (int64_t b = 0; b < n_blocks; b++) {
-        // first all values as if standard, the ends of the range for those outside it
-        float   units[QK_SPK], rounded[QK_SPK];
-        int32_t standard_code[QK_SPK];
+        // Every value is coded as standard (at the end of the range if it lies outside) and as salient; the nearer one stays.
+        int32_t code_of[QK_SPK], salient_of[QK_SPK], coarse_of[QK_SPK];
         for (int i = 0; i < QK_SPK; i++) {
             const float u = v[b*QK_SPK + i] * inverse;
-            const float q = spike_round(u);
-            units[i]   = u;
-            rounded[i] = fabsf(u) < params->silence ? 0.0f : q;
-            const float above_lo = rounded[i] < lo ? lo : rounded[i];
+            const float q = fabsf(u) < silence ? 0.0f : spike_round(u);
+            const float above_lo = q < lo ? lo : q;
             const float edge     = above_lo > hi ? hi : above_lo;
-            standard_code[i] = (int32_t) (edge - lo);
+            const float scaled   = spike_round(u*coarser);
+            const float above_16 = scaled < -16.0f ? -16.0f : scaled;
+            const float wide     = above_16 > 15.0f ? 15.0f : above_16;
+            const float narrow   = q < -16.0f ? -16.0f : q > 15.0f ? 15.0f : q;
+            const float code     = narrow == q ? q : wide;
+            const float value    = narrow == q ? q : wide*coarse_unit;
+            const int32_t salient = edge == q ? 0 : fabsf(edge - u) <= fabsf(value - u) ? 0 : 1;
+            salient_of[i] = salient;
+            coarse_of[i]  = narrow == q ? 0 : salient;
+            code_of[i]    = (int32_t) (salient ? code : edge);
         }
-        uint8_t nibble[QK_SPK], outside[QK_SPK];
+        int8_t  fine[QK_SPK], coarse[QK_SPK];
+        uint8_t stored[QK_SPK], is_salient[QK_SPK], is_coarse[QK_SPK], fifth[QK_SPK];
         for (int i = 0; i < QK_SPK; i++) {
-            nibble[i]  = (uint8_t) standard_code[i];
-            outside[i] = (uint8_t) ((rounded[i] < lo) | (rounded[i] > hi));
+            const int32_t salient_code = code_of[i] + 16;
+            is_salient[i] = (uint8_t) salient_of[i];
+            is_coarse[i]  = (uint8_t) coarse_of[i];
+            fifth[i]      = (uint8_t) (salient_of[i] & salient_code >> 4);
+            stored[i]     = (uint8_t) (salient_of[i] ? salient_code & 15 : code_of[i] + zero_point);
+            fine[i]       = (int8_t) (coarse_of[i] ? 0 : code_of[i]);
+            coarse[i]     = (int8_t) (coarse_of[i] ? code_of[i] : 0);
         }
         if (values) {
-            for (int i = 0; i < QK_SPK; i++) {
-                values[b*QK_SPK + i] = (int8_t) (standard_code[i] - params->zero_point);
-            }
-            memset(values + n + b*QK_SPK, 0, QK_SPK);
+            memcpy(values + b*QK_SPK, fine, QK_SPK);
+            memcpy(values + n + b*QK_SPK, coarse, QK_SPK);
         }
-        // then those that a fifth bit brings nearer
-        uint64_t salient_mask = 0, fifth_bits = 0, coarse_mask = 0;
-        for (uint64_t left = mask_of(outside); left != 0; left &= left - 1) {
-            const int   i = spike_lowest_bit(left);
-            const float u = units[i];
-            const float q = rounded[i];
-            const float edge = q < lo ? lo : hi;
-            const bool  fine = q >= -16.0f && q <= 15.0f;
-            float code = q;
-            if (!fine) {
-                code = spike_round(u*coarser);
-                code = code < -16.0f ? -16.0f : code > 15.0f ? 15.0f : code;
-            }
-            const float value = fine ? code : code*coarse_unit;
-            if (fabsf(edge - u) <= fabsf(value - u)) {
-                continue;
-            }
-            const int      stored = (int) code + 16;
-            const uint64_t bit    = (uint64_t) 1 << i;
-            nibble[i]     = (uint8_t) (stored & 15);
-            salient_mask |= bit;
-            fifth_bits   |= stored & 16 ? bit : 0;
-            coarse_mask  |= fine ? 0 : bit;
-            if (values) {
-                values[b*QK_SPK + i]     = (int8_t) (fine ? (int) code : 0);
-                values[n + b*QK_SPK + i] = (int8_t) (fine ? 0 : (int) code);
-            }
-        }
+        const uint64_t coarse_mask = mask_of(is_coarse);
         y[b].threshold    = step;
         y[b].zero_point   = (uint8_t) params->zero_point;
         y[b].flags        = params->rotated ? 0 : SPKA_NOT_ROTATED;
         y[b].reserved     = 0;
-        y[b].salient_mask = salient_mask;
-        y[b].fifth_bits   = fifth_bits;
+        y[b].salient_mask = mask_of(is_salient);
+        y[b].fifth_bits   = mask_of(fifth);
         y[b].coarse_mask  = coarse_mask;
         for (int j = 0; j < QK_SPK/2; j++) {
-            y[b].codes[j] = (uint8_t) (nibble[j] | nibble[j + QK_SPK/2] << 4);
+            y[b].codes[j] = (uint8_t) (stored[j] | stored[j + QK_SPK/2] << 4);
         }
         any_coarse |= coarse_mask;
     }

@@ -19,7 +19,7 @@ typedef int32_t lanes  __attribute__((vector_size(32)));
 #    endif
 #    define SPIKE_NEGATE(v, ...) ((vector) ((lanes) (v) ^ ((lanes) { __VA_ARGS__ } << 31)))
 
-SPIKE_CLONES void spike_rotate_block(float * x) {
+SPIKE_CLONES_WIDE void spike_rotate_block(float * x) {
     vector v[8];
     memcpy(v, x, sizeof(v));
     for (int i = 0; i < 8; i++) {

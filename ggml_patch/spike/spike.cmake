@@ -8,7 +8,8 @@ endif()
 
 # Potentials are integers and readouts a fixed sequence of roundings: a contracted multiply-add would change bits.
 if (NOT MSVC)
-    set(SPIKE_COMPILE_OPTIONS -ffp-contract=off)
+    # Nobody asks which floating-point exceptions occurred; a compiler that had to keep them could not vectorize choices.
+    set(SPIKE_COMPILE_OPTIONS -ffp-contract=off -fno-trapping-math)
 endif()
 
 function(spike_add_sources target)

@@ -24,9 +24,11 @@ GGML_API const char * spikequant_patch_id(void); // hash of pin, patch series an
 // the sources are built without contraction, and no loop reorders a float sum. Not under ThreadSanitizer: the choice would
 // be made before the sanitizer has started, by code that already calls it.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#    define SPIKE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#    define SPIKE_CLONES      __attribute__((target_clones("avx2", "default")))
+#    define SPIKE_CLONES_WIDE __attribute__((target_clones("avx512f", "avx2", "default"))) // what needs 32 registers; bytes are slow in it
 #else
 #    define SPIKE_CLONES
+#    define SPIKE_CLONES_WIDE
 #endif
 
 // Nearest integer, ties to even, for |x| < 2^22. Unlike rintf it needs no SSE4.1 and no call.
