@@ -11,7 +11,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
+#include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#    include <sys/mman.h>
+#endif
 
 namespace spike {
 namespace {
@@ -37,13 +43,40 @@ size_t stored_matrix_size(const ggml_tensor * tensor) {
     return ggml_row_size(tensor->type, tensor->ne[0])*(size_t) tensor->ne[1];
 }
 
+// Tiles of all matrices of a tensor, shared out over the CPU's cores if there are enough to pay for threads.
+void pack(ggml_tensor * tensor, const void * data) {
+    constexpr int64_t BYTES_PER_THREAD = 1 << 20;
+    const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
+    const int64_t n_units = layout.n_tiles*tensor->ne[2]*tensor->ne[3];
+    const auto pack_units = [&](int64_t first, int64_t end) {
+        for (int64_t unit = first, next; unit < end; unit = next) {
+            const int64_t m     = unit/layout.n_tiles;
+            const int64_t tile0 = unit - m*layout.n_tiles;
+            const char *  blocks = (const char *) data + (size_t) m*stored_matrix_size(tensor);
+            next = std::min(end, (m + 1)*layout.n_tiles);
+            spike_pack_tiles(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size, tile0, tile0 + next - unit);
+        }
+    };
+    const int64_t n_cores   = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t n_threads = std::min({ n_cores, n_units, (int64_t) ggml_nbytes(tensor)/BYTES_PER_THREAD + 1 });
+    std::vector<std::thread> helpers;
+    int64_t started = 1;
+    try {
+        for (; started < n_threads; started++) {
+            helpers.emplace_back(pack_units, started*n_units/n_threads, (started + 1)*n_units/n_threads);
+        }
+    } catch (const std::system_error &) {
+        pack_units(started*n_units/n_threads, n_units); // no more threads to be had
+    }
+    pack_units(0, n_units/n_threads);
+    for (std::thread & helper : helpers) {
+        helper.join();
+    }
+}
+
 void store(ggml_tensor * tensor, const void * data) {
     if (can_repack(tensor) && spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor))) {
-        const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
-        for (int64_t m = 0; m < tensor->ne[2]*tensor->ne[3]; m++) {
-            const char * blocks = (const char *) data + (size_t) m*stored_matrix_size(tensor);
-            spike_pack_matrix(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size);
-        }
+        pack(tensor, data);
         tensor->extra = &form_tiles;
     } else {
         memcpy(tensor->data, data, ggml_nbytes(tensor));
@@ -100,11 +133,27 @@ const char * buffer_type_name(ggml_backend_buffer_type_t) {
     return "CPU_SPIKE";
 }
 
+// Lines are read here and there, so that small pages would cost a table walk every few of them.
+void ask_for_large_pages(ggml_backend_buffer_t buffer) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buffer);
+    const uintptr_t first = (base + LARGE - 1)/LARGE*LARGE;
+    const uintptr_t end   = (base + ggml_backend_buffer_get_size(buffer))/LARGE*LARGE;
+    if (first < end) {
+        madvise((void *) first, end - first, MADV_HUGEPAGE); // only advice: whether it is taken changes nothing but the speed
+    }
+#else
+    (void) buffer;
+#endif
+}
+
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     if (buffer == nullptr) {
         return nullptr;
     }
+    ask_for_large_pages(buffer);
     buffer->buft                = buft;
     buffer->iface.init_tensor   = init_tensor;
     buffer->iface.set_tensor    = set_tensor;

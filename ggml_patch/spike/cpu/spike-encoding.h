@@ -10,7 +10,7 @@ namespace spike {
 // thread finds the same, for it depends on the graph alone.
 bool is_encoded(const ggml_tensor * op);
 
-// Each thread encodes a contiguous range of src1's rows, in groups of eight, or the only row for itself.
+// Each thread encodes a contiguous range of src1's rows, in groups of eight where there are many, or the only row for itself.
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w);
 
 } // namespace spike

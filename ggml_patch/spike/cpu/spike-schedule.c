@@ -11,6 +11,7 @@ enum {
     DIRECT_STEPS = 8,   // magnitudes that are steps of their own; most values have one
     RARE = 0xFF,        // stands for the magnitude of all others
     MAX_WEIGHT = 31,
+    MAX_CHUNKS = SPIKE_MAX_TILED_INPUTS/QK_SPK,
 };
 
 _Static_assert(2*MAX_CHUNK <= SPIKE_SCHEDULE_MAX_COUNTED, "all spikes of a chunk may fire in one step");
@@ -91,6 +92,28 @@ SPIKE_CLONES static uint32_t count_negative(const uint16_t * spikes, uint32_t n)
     return negative;
 }
 
+typedef struct {
+    int32_t sum, magnitudes; // of values
+} value_sums;
+
+SPIKE_CLONES static value_sums sum_values(const int8_t * values, int64_t n) {
+    enum { LANES = 64 };
+    int16_t sum[LANES] = { 0 }, magnitudes[LANES] = { 0 }; // |.| <= 16*MAX_CHUNK/64
+    for (int64_t i = 0; i < n; i += LANES) {
+        for (int k = 0; k < LANES; k++) {
+            const int16_t value = values[i + k];
+            sum[k]        = (int16_t) (sum[k] + value);
+            magnitudes[k] = (int16_t) (magnitudes[k] + (value < 0 ? -value : value));
+        }
+    }
+    value_sums s = { 0, 0 };
+    for (int k = 0; k < LANES; k++) {
+        s.sum        += sum[k];
+        s.magnitudes += magnitudes[k];
+    }
+    return s;
+}
+
 // Counts of a program under construction, see SPIKE_SCHEDULE_MAX_COUNTED.
 typedef struct {
     int32_t positive, negative;
@@ -106,8 +129,9 @@ static void set_spill(spike_schedule_step * step, int unit, step_count counted) 
     step->correction = correction_of(counted);
 }
 
-// The program of one class and chunk, or of both classes; fine or coarse may be all zeros. Returns where the lists end.
-SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1], int64_t n,
+// The program of one class and chunk, or of both classes; fine or coarse may be all zeros. sums: of all its values together.
+// Returns where the lists end.
+SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1], int64_t n, value_sums sums,
                                            spike_schedule_program * program, uint16_t * spikes, uint32_t next) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
     uint8_t  magnitude[MAX_CHUNK], line_in_block[MAX_CHUNK];
@@ -124,6 +148,7 @@ SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * c
     list_rare(fine, coarse, steps, rare_inputs, kernels->gather_inputs(magnitude, line_in_block, n, RARE, rare_inputs), &rare);
 
     const uint16_t zero_line = spike_schedule_zero_line(n);
+    const bool never_full = sums.magnitudes <= SPIKE_SCHEDULE_MAX_COUNTED; // then only the last step spills, and the sums say all
     uint32_t   n_steps = 0;
     step_count fired = { 0, 0 }, counted = { 0, 0 }, before = { 0, 0 };
     program->first = next;
@@ -142,7 +167,7 @@ SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * c
         while ((next - start) % SPIKE_SCHEDULE_UNIT) {
             spikes[next++] = zero_line;
         }
-        const uint32_t negative = count_negative(spikes + start, n_spikes);
+        const uint32_t negative = never_full ? 0 : count_negative(spikes + start, n_spikes);
         fired.negative += (int32_t) negative;
         fired.positive += (int32_t) (n_spikes - negative);
 
@@ -160,6 +185,10 @@ SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * c
         own->n_spikes = (uint16_t) (next - start);
         own->action   = SPIKE_NEXT_STEP;
         if (step == 1) {
+            if (never_full) {
+                counted.negative = (sums.magnitudes - sums.sum)/2;
+                counted.positive = (sums.magnitudes + sums.sum)/2;
+            }
             set_spill(own, 0, counted);
         } else if (unit_of_step(step - 1) < unit) {
             if (2*(counted.positive + counted.negative) <= SPIKE_SCHEDULE_MAX_COUNTED) {
@@ -176,25 +205,6 @@ SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * c
     return next;
 }
 
-// Sum of values and of their magnitudes.
-SPIKE_CLONES static void sum_values(const int8_t * values, int64_t n, int32_t * sum, int64_t * magnitudes) {
-    enum { LANES = 64 };
-    int16_t signed_sum[LANES] = { 0 }, sizes[LANES] = { 0 }; // |.| <= 16*65472/64
-    for (int64_t i = 0; i < n; i += LANES) {
-        for (int k = 0; k < LANES; k++) {
-            const int16_t value = values[i + k];
-            signed_sum[k] = (int16_t) (signed_sum[k] + value);
-            sizes[k]      = (int16_t) (sizes[k] + (value < 0 ? -value : value));
-        }
-    }
-    *sum        = 0;
-    *magnitudes = 0;
-    for (int k = 0; k < LANES; k++) {
-        *sum        += signed_sum[k];
-        *magnitudes += sizes[k];
-    }
-}
-
 void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spike_schedule * schedule) {
     static const int8_t NONE[MAX_CHUNK] = { 0 };
     const int32_t  n_chunks = schedule->n_chunks;
@@ -205,18 +215,27 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
     schedule->coarse_unit = (float) (1 << shift);
     schedule->shift       = shift;
 
-    int64_t magnitudes[SPIKE_SCHEDULE_CLASSES];
-    sum_values(fine,   n_inputs, &schedule->sum[0], &magnitudes[0]);
-    sum_values(coarse, n_inputs, &schedule->sum[1], &magnitudes[1]);
+    value_sums sums[MAX_CHUNKS][SPIKE_SCHEDULE_CLASSES];
+    int64_t    magnitudes[SPIKE_SCHEDULE_CLASSES] = { 0, 0 };
+    schedule->sum[0] = schedule->sum[1] = 0;
+    for (int64_t c = 0; c < n_chunks; c++) {
+        const int64_t first = spike_chunk_start(n_inputs, n_chunks, c), n = spike_chunk_start(n_inputs, n_chunks, c + 1) - first;
+        for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
+            sums[c][k] = sum_values((k == 0 ? fine : coarse) + first, n);
+            schedule->sum[k] += sums[c][k].sum;
+            magnitudes[k]    += sums[c][k].magnitudes;
+        }
+    }
     const int64_t exact = 1 << 24;
     schedule->merged = MAX_WEIGHT*magnitudes[0] <= exact && MAX_WEIGHT*magnitudes[1] <= exact
         && MAX_WEIGHT*(magnitudes[0] + (magnitudes[1] << shift)) <= INT32_MAX;
     schedule->largest = !schedule->merged ? INT32_MAX : magnitudes[1] > 0 ? SPIKE_MAX_MAGNITUDE << shift : SPIKE_MAX_MAGNITUDE;
 
     uint16_t steps[SPIKE_SCHEDULE_CLASSES][SPIKE_MAX_MAGNITUDE + 1] = { { 0 } };
+    const int unit = schedule->merged ? shift : 0; // of coarse values in a program
     for (int m = 1; m <= SPIKE_MAX_MAGNITUDE; m++) {
         steps[0][m] = steps_of(m);
-        steps[1][m] = schedule->merged ? steps_of(m << shift) : steps[0][m];
+        steps[1][m] = magnitudes[1] > 0 ? steps_of(m << unit) : 0;
     }
     spike_schedule_program * programs = (spike_schedule_program *) (schedule + 1);
     uint16_t * spikes = (uint16_t *) (programs + n_chunks*SPIKE_SCHEDULE_CLASSES);
@@ -225,11 +244,13 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
         const int64_t first = spike_chunk_start(n_inputs, n_chunks, c), n = spike_chunk_start(n_inputs, n_chunks, c + 1) - first;
         spike_schedule_program * program = programs + c*SPIKE_SCHEDULE_CLASSES;
         if (schedule->merged) {
-            next = build_program(fine + first, coarse + first, steps, n, program, spikes, next);
+            const value_sums both = { sums[c][0].sum + (int32_t) ((uint32_t) sums[c][1].sum << shift),
+                                      sums[c][0].magnitudes + (sums[c][1].magnitudes << shift) };
+            next = build_program(fine + first, coarse + first, steps, n, both, program, spikes, next);
             program[1].n_steps = 0;
         } else {
-            next = build_program(fine + first, NONE, steps, n, program, spikes, next);
-            next = build_program(NONE, coarse + first, steps, n, program + 1, spikes, next);
+            next = build_program(fine + first, NONE, steps, n, sums[c][0], program, spikes, next);
+            next = build_program(NONE, coarse + first, steps, n, sums[c][1], program + 1, spikes, next);
         }
     }
 }
