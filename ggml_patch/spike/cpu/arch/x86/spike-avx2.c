@@ -115,10 +115,13 @@ static void integrate(const uint8_t * lines, const spike_program * program, cons
     run_program(lines, program, offsets, potential, NULL);
 }
 
-__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                     int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int64_t n_tiles, const spike_program * program,
+                                                     const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
+                                                     spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
-    run_program(lines, program, offsets, potential, &own);
+    for (int64_t t = 0; t < n_tiles; t++) {
+        run_program(lines + t*SPIKE_LINE_BYTES, program, offsets, potential + t*potential_stride, &own);
+    }
     ahead->position = own.position;
 }
 
