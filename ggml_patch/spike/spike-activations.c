@@ -2,6 +2,7 @@
 #include "spike.h"
 
 #include "ggml-impl.h"
+#include "spike-codes.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -141,6 +142,13 @@ static inline int32_t magnitude_bits(float x) {
     return u & 0x7FFFFFFF;
 }
 
+// A function that each of its callers compiles for its own instruction set.
+#if defined(__GNUC__)
+#    define INLINE_ALWAYS __attribute__((always_inline))
+#else
+#    define INLINE_ALWAYS
+#endif
+
 static void encode_nothing(block_spka * y, int64_t n_blocks, const spike_encoder_params * params, float threshold) {
     const uint8_t code = (uint8_t) (params->zero_point | params->zero_point << 4);
     for (int64_t b = 0; b < n_blocks; b++) {
@@ -159,8 +167,9 @@ static float quiet_nan(void) {
     return x;
 }
 
-SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
-                                     int8_t * values) {
+// Without pack, of the blocks only the first one's header is written.
+static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
+                                        int8_t * values, bool pack) {
     const int64_t n_blocks = n/QK_SPK;
     float   * v    = scratch;
     int32_t  * keys = (int32_t *) (scratch + n);
@@ -182,7 +191,7 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
         top_bits = keys[i] > top_bits ? keys[i] : top_bits;
     }
     if (largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
-        encode_nothing(y, n_blocks, params, quiet_nan());
+        encode_nothing(y, pack ? n_blocks : 1, params, quiet_nan());
         if (values) {
             memset(values, 0, 2*(size_t) n);
         }
@@ -212,7 +221,16 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
     const float hi = (float) (15 - params->zero_point);
     const float silence = params->silence;
     const int32_t zero_point = params->zero_point;
+    const spike_code_function code_values = pack ? NULL : spike_codes_avx512();
+    if (code_values) {
+        const spike_coding coding = { inverse, coarser, coarse_unit, lo, hi, silence };
+        const bool any = code_values(v, n, &coding, values, values + n);
+        encode_nothing(y, 1, params, step);
+        y->salient_shift = (uint8_t) (any ? shift : 0);
+        return;
+    }
     uint64_t any_coarse = 0;
+    int32_t  any_coarse_of[QK_SPK] = { 0 };
     for (int64_t b = 0; b < n_blocks; b++) {
         // Every value is coded as standard (at the end of the range if it lies outside) and as salient; the nearer one stays.
         int32_t code_of[QK_SPK], salient_of[QK_SPK], coarse_of[QK_SPK];
@@ -247,6 +265,12 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
             memcpy(values + b*QK_SPK, fine, QK_SPK);
             memcpy(values + n + b*QK_SPK, coarse, QK_SPK);
         }
+        if (!pack) {
+            for (int i = 0; i < QK_SPK; i++) {
+                any_coarse_of[i] |= coarse_of[i];
+            }
+            continue;
+        }
         const uint64_t coarse_mask = mask_of(is_coarse);
         y[b].threshold    = step;
         y[b].zero_point   = (uint8_t) params->zero_point;
@@ -260,9 +284,25 @@ SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n,
         }
         any_coarse |= coarse_mask;
     }
-    for (int64_t b = 0; b < n_blocks; b++) {
+    if (!pack) {
+        encode_nothing(y, 1, params, step);
+        for (int i = 0; i < QK_SPK; i++) {
+            any_coarse |= (uint64_t) any_coarse_of[i];
+        }
+    }
+    for (int64_t b = 0; b < (pack ? n_blocks : 1); b++) {
         y[b].salient_shift = (uint8_t) (any_coarse ? shift : 0);
     }
+}
+
+SPIKE_CLONES void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
+                                     int8_t * values) {
+    encode(x, y, n, params, scratch, values, true);
+}
+
+SPIKE_CLONES void spike_encode_values(const float * x, int64_t n, const spike_encoder_params * params, float * scratch, int8_t * values,
+                                      block_spka * header) {
+    encode(x, header, n, params, scratch, values, false);
 }
 
 void spike_encode_activations(const float * x, block_spka * y, int64_t n, float salience, float silence, int zero_point, int rotated) {

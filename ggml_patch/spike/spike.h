@@ -96,6 +96,10 @@ GGML_API spike_encoder_params spike_encoder_defaults(void);
 // first n fine and then n coarse ones.
 GGML_API void spike_encode_token(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
                                  int8_t * values);
+// The same without the blocks, for who only needs the values. header: a block with the token's threshold, zero-point, shift
+// and flags.
+GGML_API void spike_encode_values(const float * x, int64_t n, const spike_encoder_params * params, float * scratch, int8_t * values,
+                                  block_spka * header);
 GGML_API void spike_encode_activations(const float * x, block_spka * y, int64_t n, float salience, float silence, int zero_point, int rotated);
 
 GGML_API void quantize_row_spka_ref(const float * x, block_spka * y, int64_t k); // the defaults

@@ -239,6 +239,12 @@ static int check_encoder(void) {
                 spike_encode_token(x, blocks, n, &params, scratch, values);
                 digest = digest_of(digest, blocks, (size_t) n_blocks*sizeof(block_spka));
                 digest = digest_of(digest, values, 2*(size_t) n);
+                int8_t * alone = allocate(2*(size_t) n);
+                block_spka header;
+                spike_encode_values(x, n, &params, scratch, alone, &header);
+                const size_t header_size = offsetof(block_spka, salient_mask);
+                wrong += memcmp(alone, values, 2*(size_t) n) != 0 || memcmp(&header, blocks, header_size) != 0;
+                free(alone);
                 for (int64_t b = 0; b < n_blocks; b++) {
                     int8_t fine[QK_SPK], coarse[QK_SPK];
                     spike_activation_values(blocks + b, fine, coarse);

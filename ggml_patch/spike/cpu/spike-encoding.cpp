@@ -1,5 +1,6 @@
 #include "spike-encoding.h"
 
+#include "spike-counters.h"
 #include "spike-cpu.h"
 #include "spike-layout.h"
 #include "spike-prompt.h"
@@ -119,7 +120,6 @@ void prefetch_token(const ggml_tensor * op, int64_t column, char * work, const w
     const int64_t n_inputs = op->src[1]->ne[0];
     const char * schedule = work + w.trains + (size_t) column*w.train_size;
     const char * spikes   = schedule + sizeof(spike_schedule) + (size_t) (w.n_chunks*SPIKE_SCHEDULE_CLASSES)*sizeof(spike_schedule_program);
-    bring_near<true>(work + w.blocks + (size_t) (column*(n_inputs/QK_SPK))*sizeof(block_spka), (size_t) n_inputs);
     bring_near<true>(schedule, 192);
     bring_near<true>(spikes, (size_t) (2*n_inputs)); // most inputs fire once
     bring_near<true>(spikes + (size_t) spike_schedule_max_spikes(n_inputs, w.n_chunks)*sizeof(uint16_t), (size_t) (2*n_inputs)); // values
@@ -147,6 +147,8 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
         for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
             spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
         }
+    } else if (tiles && !few && !spike_counting()) {
+        spike_encode_values((const float *) row, n_inputs, &encoder, scratch, values, blocks); // counts alone read whole blocks
     } else {
         spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
     }
