@@ -9,6 +9,8 @@ typedef struct {
 } lanes;
 
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
+// It would also make one product of a loop's steps.
+#define KEEP_SUM(a) __asm__("" : "+r"(a))
 
 static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b, int negative) {
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
@@ -34,6 +36,7 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                     if (ahead) {
                         _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
                         ahead->position += ahead->step;
+                        KEEP_SUM(ahead->position);
                     }
                 }
             }
@@ -105,12 +108,13 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
                                                      const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
                                                      spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
-    int64_t t = 0;
-    for (; t + 2 <= n_tiles; t += 2) {
-        run_program(lines + t*SPIKE_LINE_BYTES, 2, program, offsets, potential + t*potential_stride, potential_stride, &own);
+    for (; n_tiles >= 2; n_tiles -= 2) {
+        run_program(lines, 2, program, offsets, potential, potential_stride, &own);
+        lines     += 2*SPIKE_LINE_BYTES;
+        potential += 2*potential_stride;
     }
-    if (t < n_tiles) {
-        run_program(lines + t*SPIKE_LINE_BYTES, 1, program, offsets, potential + t*potential_stride, 0, &own);
+    if (n_tiles > 0) {
+        run_program(lines, 1, program, offsets, potential, 0, &own);
     }
     ahead->position = own.position;
 }
