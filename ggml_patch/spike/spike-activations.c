@@ -2,6 +2,7 @@
 #include "spike.h"
 
 #include "ggml-impl.h"
+#include "spike-codes.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -220,6 +221,14 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     const float hi = (float) (15 - params->zero_point);
     const float silence = params->silence;
     const int32_t zero_point = params->zero_point;
+    const spike_code_function code_values = pack ? NULL : spike_codes_avx512();
+    if (code_values) {
+        const spike_coding coding = { inverse, coarser, coarse_unit, lo, hi, silence };
+        const bool any = code_values(v, n, &coding, values, values + n);
+        encode_nothing(y, 1, params, step);
+        y->salient_shift = (uint8_t) (any ? shift : 0);
+        return;
+    }
     uint64_t any_coarse = 0;
     int32_t  any_coarse_of[QK_SPK] = { 0 };
     for (int64_t b = 0; b < n_blocks; b++) {
