@@ -19,8 +19,8 @@ _LONGEST = 1000
 class SpikeQuantError(Exception):
     """Base of all errors that this package raises on purpose.
 
-    Names in the message may come from a hostile file: what a terminal would obey is escaped, lines are joined,
-    what is too long is shortened.
+    Names in the message may come from a hostile file: lines are joined, what a terminal would obey is escaped,
+    and what is too long is shortened.
 
     Attributes:
         message: one sentence that says what is wrong.

@@ -179,7 +179,7 @@ _SPIKES: dict[str, tuple[bytes, str | None]] = {
     "key twice": (gguf([W], values=[VERSION, VERSION]), "is there twice"),
     "name that steers a terminal": (
         gguf([tensor("\x1b[2J\x1b]0;owned\x07\n", (64, 1), SPK4, BIG)]),
-        r"\\x1b\[2J\\x1b\]0;owned\\x07\\n",
+        r"\\x1b\[2J\\x1b\]0;owned\\x07 ",
     ),
     "name that turns text around": (gguf([tensor("w\u202egpj", (64, 1), SPK4, BIG)]), r"\\u202egpj"),
     "name that is no text": (gguf([tensor(b"\xff\xfe", (64, 1), SPK4, BIG)]), r"xff.*xfe"),

@@ -158,7 +158,9 @@ def test_product(weight_kind, kind, seed, rows, blocks, tokens):
 
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("shape", [(1, 64, 1), (129, 576, 1), (576, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 1), (129, 576, 1), (576, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str
+)
 def test_threads(buffer, threads, shape):
     rows, n_in, tokens = shape
     weights = codec.encode_weights(draw("laplace", 1, rows, n_in))
@@ -205,7 +207,7 @@ def test_lanes_at_their_limit(extreme):
 
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_coarse_values_far_beyond_fine_ones(tokens):
-    """Shifts up to the largest, which sums of fine and coarse potentials outgrow: alone and beside ordinary tokens."""
+    """Shifts up to the largest, which sums of both potentials outgrow: alone and beside ordinary tokens."""
     n_in = 2560
     weights = codec.encode_weights(draw("normal", 11, 300, n_in))
     x = draw("normal", 12, tokens, n_in)

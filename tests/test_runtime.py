@@ -203,7 +203,7 @@ def test_llama_cpp_uses_the_libraries_that_native_uses(library: NativeLibrary) -
     """Two copies of libggml-base in a process would mean two backend registries."""
     command = [sys.executable, "-c", LOADED_LIBRARIES]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    names = ("ggml", "ggml-base", "ggml-cpu", "llama")
+    names = ("ggml", "ggml-base", "ggml-cpu", "ggml-rpc", "llama")
     assert loaded == sorted(str((library.library_dir / library_file(name)).resolve()) for name in names)
 
 
