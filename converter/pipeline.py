@@ -101,6 +101,12 @@ class ConvertReport:
         """Of the whole model, all tensors counted."""
         return self.plan.bits_per_weight
 
+    @property
+    def salient_input_share(self) -> float:
+        """Salient values among the inputs of linear layers, averaged over their weights; 0 without calibration."""
+        total = sum(each.weights for each in self.statistics.values())
+        return sum(each.salient_input_share * each.weights for each in self.statistics.values()) / max(1, total)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {
@@ -109,11 +115,13 @@ class ConvertReport:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "calibration": self.calibration,
+            "salient_input_share": self.salient_input_share,
             "bits_per_weight": self.bits_per_weight,
             "plan": self.plan.to_json(),
             "statistics": {
                 name: {
                     "salient_weight_share": statistics.salient_weight_share,
+                    "salient_input_share": statistics.salient_input_share,
                     "relative_error": statistics.relative_error,
                 }
                 for name, statistics in self.statistics.items()
@@ -188,6 +196,7 @@ def convert(
         )
         job = Job(opened, planned, recipe, importance, backend, workers)
         statistics = job.write(path, provenance, options.force, progress)
+        recipe.finished()
     return ConvertReport(
         path=path,
         file_bytes=path.stat().st_size,

@@ -32,7 +32,7 @@ _STATUS_SUCCESS = 0
 _OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts beside the tensor
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """struct ggml_tensor of the pinned ggml; its size is checked before the first use."""
 
     _fields_ = [
@@ -98,7 +98,7 @@ class _Ggml:
             bind(library, functions)
             for name in functions:
                 setattr(self, name.removeprefix("ggml_"), getattr(library, name))
-        if self.tensor_overhead() != ctypes.sizeof(_Tensor) + _OBJECT_BYTES:
+        if self.tensor_overhead() != ctypes.sizeof(Tensor) + _OBJECT_BYTES:
             raise UnsupportedError(
                 "struct ggml_tensor of this runtime is not the pinned one", "run `spikequant build`"
             )
@@ -270,7 +270,7 @@ class MatMul:
             self._ids = ggml.new_tensor_2d(of_graph, _TYPE_I32, experts_used, n_tokens)
             self._result = ggml.mul_mat_id(of_graph, self._weights, self._input, self._ids)
         # The model loader keeps a tensor's encoder settings here, where a weight tensor has no use for them.
-        parameters = _Tensor.from_address(self._weights).op_params
+        parameters = Tensor.from_address(self._weights).op_params
         ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
 
         weights_buffer = self._allocate(of_weights, ggml.buffer_types[buffer])
