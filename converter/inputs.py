@@ -1,4 +1,4 @@
-"""Inputs of linear layers as the quantizer wants them: sums of products, and what the encoder makes of them."""
+"""Inputs of linear layers: sums of their products, and what the encoder makes of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SiteSurvey:
     def encoded(
         self, factors: NDArray[np.float32] | None, salience: float, library: NativeLibrary
     ) -> tuple[float, float]:
-        """(salient share of the values, mean relative squared error) of the encoder at a salience threshold."""
+        """Salient share of the values and mean relative squared error of the encoder at a threshold."""
         x = self.sample if factors is None else self.sample * factors
         blocks = library.encode_activations(x, salience, zero_point=DEFAULT_ZERO_POINT)
         error = np.square(library.decode_activations(blocks) - x, dtype=np.float64).sum(axis=1)
@@ -63,7 +63,7 @@ class SiteSurvey:
 def survey(
     path: Path, tokens: NDArray[np.int32], sites: Mapping[str, Site], threads: int, progress: Progress
 ) -> dict[Site, SiteSurvey]:
-    """Reads some of int32[stretches, ctx] with the model. Sites that it never uses are missing in the result."""
+    """Reads some of int32[stretches, ctx] with the model. Sites that it never uses are not in the result."""
     chosen = tokens[:: max(1, len(tokens) // _SURVEY_STRETCHES)][:_SURVEY_STRETCHES]
     found: dict[Site, SiteSurvey] = {}
     n_sites = len(set(sites.values()))

@@ -1,8 +1,8 @@
 """Runs a model, and a twin of it that is being quantized, side by side in llama.cpp, layer by layer.
 
-All tokens are one batch, so that every linear layer is met once. When the twin comes to a layer, the inputs of
-both models are known: the layer can be quantized for the inputs that it will really see, and the twin goes on
-with the outputs of the quantized layer. Works for every architecture that llama.cpp runs.
+All tokens are one batch, so that every linear layer is met once. When the twin comes to a layer, the inputs
+of both models are known: the layer can be quantized for the inputs that it will really see, and the twin goes
+on with the outputs of the quantized layer. Works for every architecture that llama.cpp runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_STRETCHES = 256
 _FLAG_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: nodes without it are left out
 _ABORTED = 2
 _TYPE_F32 = 0
-# Layers behind the last attention see only tokens whose logits are asked for. Not all, since logits are large.
+# Layers behind the last attention see only tokens whose logits are asked for. Not all: logits are large.
 _OUTPUT_EVERY = 4
 
 _Input = Callable[[str, NDArray[np.float32]], "NDArray[np.float32] | None"]
@@ -48,7 +48,7 @@ class BatchModel(Model):
         threads: that compute.
         on_input: called with the name of each weight matrix that is multiplied and its inputs,
             float32[n_tokens, n_in], valid until it returns. It returns float32[n_tokens, n_out], the result,
-            if `names_given` has the name, else None.
+            if `replaced`, else None.
         names: of weight matrices to stop at.
         replaced: whether on_input gives the results, so that llama.cpp need not compute them.
     """
@@ -263,7 +263,7 @@ class Lockstep:
 def calibration_stretches(
     model: Model, text: bytes, name: str, ctx: int, stretches: int
 ) -> NDArray[np.int32]:
-    """int32[n, ctx]: n <= `stretches` pieces of a text, spread over it, with BOS first if the model wants one.
+    """int32[n, ctx]: n <= `stretches` pieces of a text, spread over it, BOS first if the model wants one.
 
     Raises:
         InputError: the text has less than one of them.

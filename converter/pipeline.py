@@ -82,6 +82,7 @@ class ConvertReport:
         calibration: the text that was used, or "none".
         plan: what became of each tensor.
         statistics: of each SPK4 tensor, by name.
+        salient_input_share: of the calibrated layers' inputs, on the calibration text; None without one.
         warnings: sentences that the user should read.
         seconds: time taken.
     """
@@ -93,6 +94,7 @@ class ConvertReport:
     calibration: str
     plan: ConversionPlan
     statistics: dict[str, TensorStatistics]
+    salient_input_share: float | None
     warnings: tuple[str, ...]
     seconds: float
 
@@ -100,12 +102,6 @@ class ConvertReport:
     def bits_per_weight(self) -> float:
         """Of the whole model, all tensors counted."""
         return self.plan.bits_per_weight
-
-    @property
-    def salient_input_share(self) -> float:
-        """Salient values among the inputs of linear layers, averaged over their weights; 0 without calibration."""
-        total = sum(each.weights for each in self.statistics.values())
-        return sum(each.salient_input_share * each.weights for each in self.statistics.values()) / max(1, total)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -205,6 +201,7 @@ def convert(
         calibration=recipe.calibration,
         plan=planned,
         statistics=statistics,
+        salient_input_share=recipe.salient_input_share,
         warnings=planned.warnings,
         seconds=time.perf_counter() - started,
     )

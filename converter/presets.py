@@ -14,7 +14,7 @@ from spikequant_gguf.native import NativeLibrary
 from .inputs import SiteSurvey
 from .structure import Site
 
-__all__ = ["PRESETS", "Preset", "SiteEncoder", "choose_salience", "fixed_salience"]
+__all__ = ["PRESETS", "Preset", "SiteEncoder", "average_share", "choose_salience", "fixed_salience"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def choose_salience(
 ) -> dict[Site, SiteEncoder]:
     """The thresholds of least expected divergence with at most this share of salient values on average.
 
-    The divergence is taken as the sum of the encoder's relative errors, each weighted by what its kind of site
-    was found to matter. The average counts every input of every site.
+    The divergence is taken as the sum of the encoder's relative errors, each weighted by what its kind of
+    site was found to matter. The average counts every input of every site.
     """
     sites = list(surveys)
     curves = {site: _curve(surveys[site], factors.get(site), library) for site in sites}
@@ -82,7 +82,9 @@ def choose_salience(
 
     def choose(price: float) -> list[int]:
         return [
-            int(np.argmin(_SENSITIVITY.get(site.kind, 1.0) * curves[site][1] + price * size * curves[site][0]))
+            int(
+                np.argmin(_SENSITIVITY.get(site.kind, 1.0) * curves[site][1] + price * size * curves[site][0])
+            )
             for site, size in zip(sites, sizes / sizes.sum(), strict=True)
         ]
 
@@ -111,6 +113,15 @@ def fixed_salience(
         site: _encoder(salience, found, found.encoded(factors.get(site), salience, library)[0])
         for site, found in surveys.items()
     }
+
+
+def average_share(encoders: Mapping[Site, SiteEncoder], surveys: Mapping[Site, SiteSurvey]) -> float | None:
+    """Share of salient values among all inputs of the sites; None if there are none."""
+    sizes = {site: found.sample.shape[1] for site, found in surveys.items()}
+    if not sizes:
+        return None
+    salient = sum(sizes[site] * each.salient_inputs / each.inputs for site, each in encoders.items())
+    return salient / sum(sizes.values())
 
 
 def _encoder(salience: float, found: SiteSurvey, share: float) -> SiteEncoder:

@@ -36,8 +36,8 @@ class TensorStatistics:
         salient_weights: salient ones among them.
         squared_error: sum of (stored - wanted)^2.
         squared_norm: sum of wanted^2.
-        inputs, salient_inputs: input values of the layer in a sample of the calibration text, and salient ones
-            among them; 0 without calibration.
+        inputs, salient_inputs: input values of the layer in a sample of the calibration text, and salient
+            ones among them; 0 without calibration.
     """
 
     weights: int = 0
@@ -167,6 +167,7 @@ class Recipe:
         transforms: changes to tensors, by name. Only the tensors named here are changed.
         encoder: settings of layers that differ from the model's, by the name of their weight tensor.
         options: of the command line that led to this recipe, for the metadata; of paths the last component.
+        salient_input_share: of the inputs of calibrated layers, each input counted once; None if unknown.
         finished: called when the output is complete.
     """
 
@@ -175,6 +176,7 @@ class Recipe:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     encoder: Mapping[str, EncoderSettings] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    salient_input_share: float | None = None
     finished: Callable[[], None] = lambda: None
 
 

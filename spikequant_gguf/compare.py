@@ -130,9 +130,7 @@ def compare_types(
     progress = progress or SilentProgress()
     threads = threads if threads is not None else default_threads()
     checked = as_text(text)  # before the long work begins
-    variants = Variants(
-        source, imatrix=imatrix, calibration=calibration, threads=threads, progress=progress
-    )
+    variants = Variants(source, imatrix=imatrix, calibration=calibration, threads=threads, progress=progress)
     if REFERENCE_TYPE in wanted:
         wanted.remove(REFERENCE_TYPE)
     wanted.insert(0, REFERENCE_TYPE)

@@ -50,8 +50,8 @@ class TensorSummary:
         bytes: size of the data; None for an unknown type.
         bits_per_weight: of the data.
         rotated: of SPK4: whether stored in the rotated basis.
-        salient_weight_share, salient_input_share, relative_error: statistics that the converter recorded; None
-            if it did not.
+        salient_weight_share, salient_input_share, relative_error: statistics that the converter recorded;
+            None if it did not.
         salience, silence: settings of the activation encoder in the file; None where defaults apply.
     """
 

@@ -183,9 +183,7 @@ class Variants:
             out,
             ConvertOptions(importance=self.imatrix, threads=self._threads),
             ConverterProgress(self._progress),
-            calibrate=calibration(
-                CalibrationOptions(self._calibration, preset, threads=self._threads)
-            ),
+            calibrate=calibration(CalibrationOptions(self._calibration, preset, threads=self._threads)),
         )
 
 

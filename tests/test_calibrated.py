@@ -71,7 +71,11 @@ def test_inputs_of_the_first_layer(tiny_model_f32, tiny_text):
 
 def test_a_twin_with_the_same_weights_sees_the_same(tiny_model_f32, tiny_text):
     """Every site is met once, in order; products made elsewhere take the place of llama.cpp's."""
-    tokens, sites, weights = stretches(tiny_model_f32, tiny_text), sites_of(tiny_model_f32), tensors_of(tiny_model_f32)
+    tokens, sites, weights = (
+        stretches(tiny_model_f32, tiny_text),
+        sites_of(tiny_model_f32),
+        tensors_of(tiny_model_f32),
+    )
     met, distances, shapes = [], [], []
 
     def on_site(site: Site, x: np.ndarray, seen: np.ndarray) -> None:
@@ -129,7 +133,9 @@ def test_correction_makes_up_for_what_can_be_foreseen():
     own, cross = moments(x, seen, None, load(), 2)
     losses = []
     for correction in (0.0, 0.5, 1.0):
-        blocks = quantize_calibrated(load(), weights, own, cross, CalibrationOptions(correction=correction), 2)
+        blocks = quantize_calibrated(
+            load(), weights, own, cross, CalibrationOptions(correction=correction), 2
+        )
         stored = codec.decode_weights(blocks)
         losses.append(np.square(x @ weights.T - seen @ stored.T).mean() / np.square(x @ weights.T).mean())
     assert losses[2] < losses[1] < losses[0]
@@ -164,7 +170,9 @@ class ExactCacheModel(Model):
 
 def test_scaling_changes_nothing(tiny_model_f32, tiny_text, tmp_path):
     """The folded model is the same function: its float32 logits agree to rounding."""
-    found = survey(tiny_model_f32, stretches(tiny_model_f32, tiny_text), sites_of(tiny_model_f32), 2, lambda *_: None)
+    found = survey(
+        tiny_model_f32, stretches(tiny_model_f32, tiny_text), sites_of(tiny_model_f32), 2, lambda *_: None
+    )
     with open_gguf(tiny_model_f32, load()) as source:
         factors = {site: scaling_factors(site, facts.mean_squares, source) for site, facts in found.items()}
     assert all(factor is not None and np.ptp(factor) > 0.1 for factor in factors.values())
@@ -237,6 +245,7 @@ def test_presets(tiny_model_f32, small_text, tmp_path, preset):
     shares = {sites_of(tiny_model_f32)[tensor.name]: tensor.salient_input_share for tensor in inspected}
     average = sum(shares[site] * sizes[site] for site in sizes) / sum(sizes.values())
     wanted = PRESETS[preset].salient_share
+    assert report.salient_input_share == pytest.approx(average, rel=1e-3)
     assert 0.7 * wanted < average <= wanted + 1e-3
     assert all((tensor.silence or 0.5) == pytest.approx(PRESETS[preset].silence) for tensor in inspected)
     assert (report.statistics[inspected[0].name].salient_weights > 0) == (PRESETS[preset].salient_weights > 0)

@@ -40,14 +40,16 @@ def convert(
     ] = False,
     preset: Annotated[
         str,
-        typer.Option("--preset", metavar="NAME", help="fast (sparser), balanced, or accurate (more salient)."),
+        typer.Option(
+            "--preset", metavar="NAME", help="fast (sparser), balanced, or accurate (more salient)."
+        ),
     ] = "balanced",
     salience: Annotated[
         str,
         typer.Option(
             "--salience",
             metavar="C|auto",
-            help="Salience threshold of the activation encoder, in 0..7.5; auto: the best one for each layer.",
+            help="Salience threshold of the activation encoder, 0..7.5; auto: the best one for each layer.",
         ),
     ] = "auto",
     salient_share: Annotated[
@@ -79,7 +81,7 @@ def convert(
     ] = None,
     calibration_chunks: Annotated[
         int, typer.Option("--calibration-chunks", min=1, help="Chunks of 512 tokens to calibrate on.")
-    ] = 64,
+    ] = 32,
     smoothing: Annotated[
         bool, typer.Option("--smoothing/--no-smoothing", help="Scale channels before quantization.")
     ] = True,
@@ -165,7 +167,9 @@ def _threshold(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"--salience {text} is no number", "give a number, for example 2.3, or auto") from None
+        raise InputError(
+            f"--salience {text} is no number", "give a number, for example 2.3, or auto"
+        ) from None
 
 
 def _calibration(settings: CalibrationOptions) -> Calibrate:

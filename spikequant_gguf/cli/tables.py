@@ -81,7 +81,7 @@ def show_conversion(out: Console, report: ConvertReport) -> None:
     weights = sum(tensor.n_weights for tensor in spiking)
     salient = sum(each.salient_weights for each in report.statistics.values())
     inputs = ""
-    if report.salient_input_share:
+    if report.salient_input_share is not None:
         inputs = f" and {report.salient_input_share:.1%} of their inputs"
     for warning in report.warnings:
         line(out, f"warning: {warning}")
