@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-m", "--model", type=Path, help="GGUF model (SmolLM2-135M-Instruct)")
     parser.add_argument("-f", "--file", type=Path, action="append", help="text; may be given several times")
     parser.add_argument("--types", type=names, default=",".join(DEFAULT_TYPES), help="(%(default)s)")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate SPK4 on (Python's documentation)")
     parser.add_argument("-c", "--ctx-size", type=positive, default=DEFAULT_CTX, help="(%(default)s)")
     parser.add_argument("-t", "--threads", type=positive, help="(physical cores)")
     length = parser.add_mutually_exclusive_group()
@@ -63,6 +64,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict:
             source,
             options.types,
             text,
+            calibration=options.calibration,
             ctx=options.ctx_size,
             chunks=options.chunks,
             rounds=0,
@@ -111,7 +113,7 @@ def render(out: rich.console.Console, document: dict) -> None:
         cells.append(
             [
                 row["text"],
-                row["type"],
+                row["name"].lower(),
                 f"{row['bits_per_weight']:.2f}" if row["bits_per_weight"] is not None else "",
                 f"{row['ppl']:.3f} ± {row['ppl_stderr']:.3f}",
                 *(["–", "–"] if is_reference else divergence),

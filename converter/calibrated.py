@@ -1,35 +1,52 @@
-"""The calibrated quantizer: GPTQ on second moments of real inputs, after smoothing and in the rotated basis.
+"""The calibrated quantizer: layer after layer on the inputs that the quantized model will really have.
 
-`calibration(...)` gives the function that convert() takes as `calibrate`. Matrices whose inputs are not
-collected (experts, the output, tensors multiplied in another way) are quantized without calibration.
+`calibration(...)` gives the function that convert() takes as `calibrate`. It smooths channels, chooses the
+salience threshold of each layer, and then quantizes the layers in the order in which the model computes them
+(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Matrices that are multiplied in another
+way (experts, the output) are quantized without calibration.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+import spikequant_gguf
 from spikequant_gguf.errors import InputError
-from spikequant_gguf.format import BLOCK_SPK4, QK_SPK
+from spikequant_gguf.evaluation import Model
+from spikequant_gguf.files import file_sha256
+from spikequant_gguf.format import BLOCK_SPK4, QK_SPK, TYPE_SPK4, blocks_to_bytes
+from spikequant_gguf.ggml_api import MatMul
+from spikequant_gguf.host import available_memory
 from spikequant_gguf.native import NativeLibrary, bind, load
 from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, default_calibration_text
 
-from .moments import MomentStore
+from .inputs import moments, survey
+from .layer_journal import LayerJournal
+from .lockstep import MAX_STRETCHES, Lockstep, calibration_stretches
 from .plan import ConversionPlan
+from .presets import PRESETS, Preset, SiteEncoder, average_share, choose_salience, fixed_salience
 from .progress import CALIBRATE, Progress
 from .quantize import DirectQuantizer, Workers, measure
-from .recipe import Calibrate, Recipe, TensorStatistics
+from .recipe import Calibrate, EncoderSettings, Recipe, Scaling, TensorStatistics, Transform
 from .smoothing import fold, scaling_factors
 from .source import Source
 from .structure import Site, find_sites
 
-__all__ = ["CalibrationOptions", "calibration"]
+__all__ = ["CalibrationOptions", "Estimate", "calibration", "journal_path"]
+
+DEFAULT_PRESET = "balanced"
+_TEXT_TOKENS = 64  # of the context that only splits the text into tokens
+_PRODUCT_TOKENS = 512  # that a quantized layer computes at once
+_DESCENT_SWEEPS, _ROUNDS = 4, 2
+_PRODUCTS_PER_SECOND = 25e9  # of one core, measured on an AMD EPYC (Zen 4)
 
 
 @dataclass(frozen=True)
@@ -38,28 +55,78 @@ class CalibrationOptions:
 
     Attributes:
         text: to read; None for the documentation that comes with Python.
+        preset: name of one of PRESETS.
+        salience: threshold of all layers; None to choose one for each layer.
+        salient_share: of activations on average, where thresholds are chosen; None for the preset's.
+        silence: silence threshold of all layers in steps; None for the preset's.
         ctx: tokens of a stretch of text.
         chunks: stretches, at most as many as the text has.
         threads: None for one per core. They change the time, not the result.
-        memory: bytes for sums of moments at a time; more memory, fewer passes over the text.
         damping: added to the diagonal of the moments, as a share of its mean.
+        correction: share of the predictable deviation of a layer's inputs that its weights make up for.
         smoothing: scale channels before quantization, where the architecture's structure is known.
+        journal: file that keeps finished layers, so that an interrupted conversion can go on; None for none.
+        announce: called with an estimate before the long part begins.
     """
 
     text: Text | None = None
+    preset: str = DEFAULT_PRESET
+    salience: float | None = None
+    salient_share: float | None = None
+    silence: float | None = None
     ctx: int = 512
     chunks: int = 32
     threads: int | None = None
-    memory: int = 2 << 30
     damping: float = 0.01
+    correction: float = 0.25
     smoothing: bool = True
+    journal: Path | None = None
+    announce: Callable[[Estimate], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.chunks < 1 or self.ctx < QK_SPK:
+        if not 1 <= self.chunks <= MAX_STRETCHES or self.ctx < QK_SPK:
             raise InputError(
                 f"{self.chunks} chunks of {self.ctx} tokens are no calibration",
-                f"use 1 chunk or more, of {QK_SPK} tokens or more",
+                f"use 1 to {MAX_STRETCHES} chunks of {QK_SPK} tokens or more",
             )
+        if self.preset not in PRESETS:
+            raise InputError(f"there is no preset '{self.preset}'", f"choose from {', '.join(PRESETS)}")
+        if self.salient_share is not None and not 0 <= self.salient_share <= 1:
+            raise InputError(f"a salient share of {self.salient_share} is not in 0..1", "use about 0.12")
+
+    @property
+    def chosen(self) -> Preset:
+        """The preset."""
+        return PRESETS[self.preset]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration will take.
+
+    Attributes:
+        tokens: that both models compute.
+        products: multiplications of all the work.
+        memory: bytes beside the source file itself.
+        available: bytes that are free, or None if unknown.
+        finished: tensors that a journal already has.
+    """
+
+    tokens: int
+    products: float
+    memory: int
+    available: int | None
+    finished: int
+
+    def sentence(self, threads: int) -> str:
+        """For people."""
+        minutes = self.products / (_PRODUCTS_PER_SECOND * threads) / 60
+        text = f"calibration on {self.tokens} tokens: {self.memory / 1e9:.1f} GB, about {minutes:.1f} minutes"
+        if self.finished:
+            text += f"; {self.finished} tensors are finished already"
+        if self.available is not None and self.memory > self.available:
+            text += f"; only {self.available / 1e9:.1f} GB are free: use fewer chunks if it fails"
+        return text
 
 
 class _NativeOptions(ctypes.Structure):
@@ -72,29 +139,27 @@ class _NativeOptions(ctypes.Structure):
         ("rounds", ctypes.c_int32),
         ("rotated", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
+        ("correction", ctypes.c_float),
     ]
 
 
 _FUNCTION = {
     "spike_quantize_calibrated": (
         ctypes.c_bool,
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(_NativeOptions))
-        + (ctypes.c_void_p, ctypes.c_void_p),
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        + (ctypes.POINTER(_NativeOptions), ctypes.c_void_p, ctypes.c_void_p),
     )
 }
-_SALIENT_WEIGHTS, _DESCENT_SWEEPS, _ROUNDS = 2, 4, 2
 
 
 class CalibratedQuantizer:
-    """A TensorQuantizer that minimizes the error of outputs, not of weights.
+    """A TensorQuantizer that hands out what was quantized during the calibration.
 
     Args:
         library: native functions.
-        store: moments by the name of the tensor that stands for a site.
-        sites: of each tensor by name.
-        factors: scaling of the inputs of a site, where there is one.
-        direct: quantizes what has no moments.
-        options: damping and threads.
+        journal: the finished tensors.
+        direct: quantizes all others.
+        encoders: by the name of the weight tensor, for the statistics.
     """
 
     whole_matrices = True
@@ -102,61 +167,143 @@ class CalibratedQuantizer:
     def __init__(
         self,
         library: NativeLibrary,
-        store: MomentStore,
-        sites: Mapping[str, Site],
-        factors: Mapping[Site, NDArray[np.float32]],
+        journal: LayerJournal,
         direct: DirectQuantizer,
-        options: CalibrationOptions,
-        threads: int,
+        encoders: Mapping[str, SiteEncoder],
     ) -> None:
-        bind(library.cpu, _FUNCTION)
-        self._library, self._store, self._sites, self._factors = library, store, sites, factors
-        self._direct, self._options, self._threads = direct, options, threads
-        self._moments: tuple[Site, NDArray[np.float32] | None] | None = None
+        self._library, self._journal, self._direct, self._encoders = library, journal, direct, encoders
 
     def quantize(
         self, name: str, weights: NDArray[np.float32], matrix: int = 0
     ) -> tuple[NDArray[np.void], TensorStatistics]:
-        site = self._sites.get(name)
-        moments = self._moments_of(site) if site is not None else None
-        if moments is None:
-            return self._direct.quantize(name, weights, matrix)
-        rows, n_in = weights.shape
-        rotated = np.ascontiguousarray(rotate(weights))
-        blocks = np.zeros((rows, n_in // QK_SPK), BLOCK_SPK4)
-        error = np.zeros(rows, np.float32)
-        options = _NativeOptions(
-            self._options.damping, _SALIENT_WEIGHTS, _DESCENT_SWEEPS, _ROUNDS, 1, self._threads
-        )
-        done = self._library.cpu.spike_quantize_calibrated(
-            rotated.ctypes.data,
-            moments.ctypes.data,
-            rows,
-            n_in,
-            options,
-            blocks.ctypes.data,
-            error.ctypes.data,
-        )
-        if not done:  # moments without rank, for example of a text of one token
-            return self._direct.quantize(name, weights, matrix)
-        return blocks, replace(measure(weights, blocks, self._library), calibrated_weights=weights.size)
+        if name in self._journal:
+            blocks = self._journal.read(name)
+            statistics = replace(measure(weights, blocks, self._library), calibrated_weights=weights.size)
+        else:
+            blocks, statistics = self._direct.quantize(name, weights, matrix)
+        encoder = self._encoders.get(name)
+        if encoder is not None:
+            statistics += TensorStatistics(inputs=encoder.inputs, salient_inputs=encoder.salient_inputs)
+        return blocks, statistics
 
-    def _moments_of(self, site: Site) -> NDArray[np.float32] | None:
-        """Moments of a site's inputs as the quantized layer will see them: scaled and rotated."""
-        if self._moments is None or self._moments[0] != site:
-            matrix = self._store.matrix(site.readers[0])
-            if matrix is not None:
-                factors = self._factors.get(site)
-                if factors is not None:
-                    matrix = matrix * factors[:, None] * factors[None, :]
-                matrix = rotate(np.ascontiguousarray(rotate(matrix).T))
-                matrix = np.ascontiguousarray(matrix + matrix.T) * np.float32(0.5)
-            self._moments = (site, matrix)
-        return self._moments[1]
+
+class _LayerQuantizer:
+    """Quantizes site after site; the two functions that Lockstep.run wants.
+
+    Args:
+        source: to read weights from.
+        factors: scaling of the inputs of a site, where there is one.
+        transforms: of the tensors, see Recipe.
+        encoders: of the sites.
+        journal: for what is finished.
+        report: called after each site with its name.
+    """
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        source: Source,
+        sites: Mapping[str, Site],
+        factors: Mapping[Site, NDArray[np.float32]],
+        transforms: Mapping[str, Transform],
+        encoders: Mapping[str, EncoderSettings],
+        journal: LayerJournal,
+        options: CalibrationOptions,
+        threads: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self._library, self._source, self._sites = library, source, sites
+        self._factors, self._transforms, self._encoders = factors, transforms, encoders
+        self._journal, self._options, self._threads, self._report = journal, options, threads, report
+
+    def on_site(self, site: Site, x: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
+        missing = [name for name in site.readers if name not in self._journal]
+        if missing:
+            own, cross = moments(x, seen, self._factors.get(site), self._library, self._threads)
+            for name in missing:
+                self._journal.add(name, self._quantize(name, own, cross))
+        self._report(site.readers[0])
+
+    def product(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the runtime computes with the quantized tensor, for unscaled inputs and outputs."""
+        blocks = self._journal.read(name)
+        factors = self._factors.get(self._sites[name])
+        settings = self._encoders[name]
+        n_tokens, n_in = x.shape
+        result = np.empty((n_tokens, len(blocks)), np.float32)
+        step = min(_PRODUCT_TOKENS, n_tokens)
+        with MatMul(
+            TYPE_SPK4,
+            blocks_to_bytes(blocks),
+            n_in,
+            step,
+            buffer="CPU_SPIKE",
+            threads=self._threads,
+            salience=settings.salience or 0.0,
+            silence=settings.silence or 0.0,
+        ) as matmul:
+            part = np.zeros((step, n_in), np.float32)
+            for start in range(0, n_tokens, step):
+                rows = x[start : start + step]
+                part[: len(rows)] = rows if factors is None else rows * factors
+                matmul.set_input(part)
+                matmul.compute()
+                result[start : start + step] = matmul.output()[: len(rows)]
+        outputs = self._scaling_of_outputs(name)
+        return result if outputs is None else result / outputs
+
+    def _quantize(self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32]) -> NDArray[np.void]:
+        tensor = self._source.tensors[name]
+        weights = self._source.read_rows(name, 0, tensor.n_rows)
+        transform = self._transforms.get(name)
+        if transform is not None:
+            weights = np.ascontiguousarray(transform(weights, 0), np.float32)
+        return quantize_calibrated(self._library, weights, own, cross, self._options, self._threads)
+
+    def _scaling_of_outputs(self, name: str) -> NDArray[np.float32] | None:
+        transform = self._transforms.get(name)
+        return transform.outputs if isinstance(transform, Scaling) else None
+
+
+def quantize_calibrated(
+    library: NativeLibrary,
+    weights: NDArray[np.float32],
+    own: NDArray[np.float32],
+    cross: NDArray[np.float32],
+    options: CalibrationOptions,
+    threads: int,
+) -> NDArray[np.void]:
+    """One matrix, float32[rows, n_in], as BLOCK_SPK4[rows, n_in / 64]; own, cross: see moments()."""
+    bind(library.cpu, _FUNCTION)
+    rotated = np.ascontiguousarray(rotate(weights))
+    rows, n_in = weights.shape
+    blocks = np.zeros((rows, n_in // QK_SPK), BLOCK_SPK4)
+    error = np.zeros(rows, np.float32)
+    done = library.cpu.spike_quantize_calibrated(
+        rotated.ctypes.data,
+        own.ctypes.data,
+        cross.ctypes.data if options.correction else None,
+        rows,
+        n_in,
+        _NativeOptions(
+            options.damping,
+            options.chosen.salient_weights,
+            _DESCENT_SWEEPS,
+            _ROUNDS,
+            1,
+            threads,
+            options.correction,
+        ),
+        blocks.ctypes.data,
+        error.ctypes.data,
+    )
+    if not done:  # moments without rank, for example of a text of one token
+        return library.quantize(TYPE_SPK4, weights).view(BLOCK_SPK4).reshape(rows, -1)
+    return blocks
 
 
 def calibration(options: CalibrationOptions | None = None) -> Calibrate:
-    """The `calibrate` argument of convert(): collects moments of the source model and quantizes with them."""
+    """The `calibrate` argument of convert(): quantizes the source model's linear layers on a text."""
     chosen = options or CalibrationOptions()
 
     def calibrate(source: Source, planned: ConversionPlan, progress: Progress) -> Recipe:
@@ -165,61 +312,147 @@ def calibration(options: CalibrationOptions | None = None) -> Calibrate:
     return calibrate
 
 
+def journal_path(source: str, out: Path | None) -> Path:
+    """Where a conversion keeps finished layers: beside its output, or by the source's name in this folder."""
+    name = Path(source).name if out is None else out.name
+    return (Path() if out is None else out.parent) / f".{name}.unfinished"
+
+
 def _calibrate(
     source: Source, planned: ConversionPlan, progress: Progress, options: CalibrationOptions
 ) -> Recipe:
     library = load()
     text = options.text or default_calibration_text()
     workers = Workers(options.threads)
-    # Experts see only the tokens that are routed to them, in products of another kind; the output sees only
-    # the last token of a stretch.
+    threads = workers.threads
+    path = source.paths[0]
+    # Experts see only the tokens that are routed to them, in products of another kind.
     plain = [
         tensor.name for tensor in planned.spiking if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
     ]
-    sites = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
-    store = MomentStore(
-        source.paths[0],
-        {site.readers[0]: source.tensors[site.readers[0]].n_in for site in sites},
-        text.data,
-        text.name,
-        ctx=options.ctx,
-        chunks=options.chunks,
-        threads=workers.threads,
-        budget=options.memory,
-        report=lambda done, total: progress(CALIBRATE, text.name, done, total),
-    )
+    found = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
+    sites = {name: site for site in found for name in site.readers}
+    with Model(path, ctx_size=_TEXT_TOKENS, threads=threads) as model:
+        tokens = calibration_stretches(model, text.data, text.name, options.ctx, options.chunks)
+
+    surveys = survey(path, tokens, sites, threads, progress)
     factors: dict[Site, NDArray[np.float32]] = {}
     if options.smoothing:
-        mean_squares = store.diagonals()
-        for site in sites:
-            squares = mean_squares[site.readers[0]]
-            found = scaling_factors(site, squares, source) if squares is not None else None
-            if found is not None:
-                factors[site] = found
+        for site, facts in surveys.items():
+            scaling = scaling_factors(site, facts.mean_squares, source)
+            if scaling is not None:
+                factors[site] = scaling
+    transforms = fold(factors)
+    encoders = _encoders(surveys, factors, options, library)
+    settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
+
+    journal = LayerJournal(options.journal, _fingerprint(path, plain, text, options, library))
+    if options.announce is not None:
+        options.announce(_estimate(source, sites, tokens, len(journal)))
+    done = 0
+
+    def report(item: str) -> None:
+        nonlocal done
+        done += 1
+        progress(CALIBRATE, item, len(surveys) + done, 2 * len(surveys))
+
+    layers = _LayerQuantizer(
+        library, source, sites, factors, transforms, settings, journal, options, threads, report
+    )
+    if surveys:
+        used = {name: site for name, site in sites.items() if site in surveys}
+        with Lockstep(path, stretches=len(tokens), ctx=options.ctx, threads=threads, sites=used) as lockstep:
+            lockstep.run(tokens, layers.on_site, layers.product)
     quantizer = CalibratedQuantizer(
         library,
-        store,
-        {name: site for site in sites for name in site.readers},
-        factors,
+        journal,
         DirectQuantizer(library, workers),
-        options,
-        workers.threads,
+        {name: encoders[site] for name, site in sites.items() if site in encoders},
     )
     return Recipe(
-        calibration=f"{text.name}, sha256 {text.sha256[:16]}, "
-        f"{options.chunks} chunks of {options.ctx} tokens",
+        calibration=f"{text.name}, sha256 {text.sha256[:16]}, {len(tokens)} chunks of {options.ctx} tokens",
         quantizer=quantizer,
-        transforms=fold(factors),
+        transforms=transforms,
+        encoder=settings,
         options=_command_options(options, text),
+        salient_input_share=average_share(encoders, surveys),
+        finished=journal.delete,
+    )
+
+
+def _encoders(
+    surveys: Mapping[Site, object],
+    factors: Mapping[Site, NDArray[np.float32]],
+    options: CalibrationOptions,
+    library: NativeLibrary,
+) -> dict[Site, SiteEncoder]:
+    if options.salience is not None:
+        return fixed_salience(surveys, factors, options.salience, library)
+    share = options.chosen.salient_share if options.salient_share is None else options.salient_share
+    return choose_salience(surveys, factors, share, library)
+
+
+def _settings(encoder: SiteEncoder | None, options: CalibrationOptions) -> EncoderSettings:
+    silence = options.chosen.silence if options.silence is None else options.silence
+    return EncoderSettings(None if encoder is None else encoder.salience, silence)
+
+
+def _fingerprint(
+    path: Path, names: list[str], text: Text, options: CalibrationOptions, library: NativeLibrary
+) -> dict[str, object]:
+    """Everything that the quantized layers depend on."""
+    settings = asdict(options)
+    for irrelevant in ("text", "threads", "journal", "announce"):
+        del settings[irrelevant]
+    return {
+        "version": spikequant_gguf.__version__,
+        "runtime": library.patch_id,
+        "source": file_sha256(path),
+        "text": text.sha256,
+        "tensors": names,
+        "options": settings,
+    }
+
+
+def _estimate(
+    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], finished: int
+) -> Estimate:
+    """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays."""
+    n_tokens = tokens.size
+    weights = sum(source.tensors[name].n_rows * source.tensors[name].n_in for name in sites)
+    sizes = {site: source.tensors[site.readers[0]].n_in for site in set(sites.values())}
+    squares = sum(n_in**2 for n_in in sizes.values())
+    cubes = sum(source.tensors[name].n_rows * source.tensors[name].n_in ** 2 for name in sites)
+    widest = max(
+        (max(tensor.n_in, tensor.n_rows) for tensor in map(source.tensors.get, sites) if tensor), default=0
+    )
+    layers = len({name.split(".")[1] for name in sites})
+    hidden = min(sizes.values(), default=0)
+    # keys and values of both models, six activations of a layer each, the batch's attention, and the moments
+    memory = (
+        n_tokens * (2 * layers * 2 * 2 * hidden + 2 * 6 * 4 * widest)
+        + 6 * 8 * max(sizes.values(), default=0) ** 2
+    )
+    return Estimate(
+        tokens=n_tokens,
+        products=2.0 * n_tokens * weights + 1.5 * n_tokens * squares + 14.0 * cubes,
+        memory=memory,
+        available=available_memory(),
+        finished=finished,
     )
 
 
 def _command_options(options: CalibrationOptions, text: Text) -> tuple[str, ...]:
     """Options of the command line that lead to the same recipe."""
+    default = CalibrationOptions()
     words: list[str] = []
     if options.text is not None:
         words += ["--calibration", os.path.basename(options.text.file or text.name)]
-    if options.chunks != CalibrationOptions.chunks:
+    if options.preset != default.preset:
+        words += ["--preset", options.preset]
+    if options.salient_share is not None:
+        words += ["--salient-share", str(options.salient_share)]
+    if options.chunks != default.chunks:
         words += ["--calibration-chunks", str(options.chunks)]
     if not options.smoothing:
         words.append("--no-smoothing")

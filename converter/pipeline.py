@@ -102,6 +102,7 @@ class ConvertReport:
         calibration: the text that was used, or "none".
         plan: what became of each tensor.
         statistics: of each SPK4 tensor, by name.
+        salient_input_share: of the calibrated layers' inputs, on the calibration text; None without one.
         warnings: sentences that the user should read.
         resumed: number of tensors that a stopped conversion had written.
         seconds: time taken.
@@ -115,6 +116,7 @@ class ConvertReport:
     calibration: str
     plan: ConversionPlan
     statistics: dict[str, TensorStatistics]
+    salient_input_share: float | None
     warnings: tuple[str, ...]
     resumed: int
     seconds: float
@@ -141,11 +143,13 @@ class ConvertReport:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "calibration": self.calibration,
+            "salient_input_share": self.salient_input_share,
             "bits_per_weight": self.bits_per_weight,
             "plan": self.plan.to_json(),
             "statistics": {
                 name: {
                     "salient_weight_share": statistics.salient_weight_share,
+                    "salient_input_share": statistics.salient_input_share,
                     "relative_error": statistics.relative_error,
                 }
                 for name, statistics in self.statistics.items()
@@ -231,6 +235,7 @@ def convert(
         )
         job = Job(opened, planned, recipe, importance, backend, workers)
         statistics = job.write(output, provenance, known, progress)
+        recipe.finished()
     files = (path,)
     if options.split_max_size is not None:
         files = split_model(path, options.split_max_size, options.force)
@@ -242,6 +247,7 @@ def convert(
         calibration=recipe.calibration,
         plan=planned,
         statistics=statistics,
+        salient_input_share=recipe.salient_input_share,
         warnings=planned.warnings,
         resumed=output.n_resumed,
         seconds=time.perf_counter() - started,

@@ -120,6 +120,9 @@ def output_metadata(
         f.KEY_STATISTICS_SALIENT_WEIGHT_SHARE: encode_f32s(
             [s.salient_weight_share for s in statistics.values()]
         ),
+        f.KEY_STATISTICS_SALIENT_INPUT_SHARE: encode_f32s(
+            [s.salient_input_share for s in statistics.values()]
+        ),
         f.KEY_STATISTICS_RELATIVE_ERROR: encode_f32s([s.relative_error for s in statistics.values()]),
         **_importance(provenance.importance),
     }

@@ -37,6 +37,8 @@ class TensorStatistics:
         squared_error: sum of (stored - wanted)^2.
         squared_norm: sum of wanted^2.
         calibrated_weights: weights that were chosen with the help of real inputs.
+        inputs, salient_inputs: input values of the layer in a sample of the calibration text, and salient
+            ones among them; 0 without calibration.
     """
 
     weights: int = 0
@@ -44,6 +46,8 @@ class TensorStatistics:
     squared_error: float = 0.0
     squared_norm: float = 0.0
     calibrated_weights: int = 0
+    inputs: int = 0
+    salient_inputs: int = 0
 
     def __add__(self, other: TensorStatistics) -> TensorStatistics:
         return TensorStatistics(
@@ -52,12 +56,19 @@ class TensorStatistics:
             self.squared_error + other.squared_error,
             self.squared_norm + other.squared_norm,
             self.calibrated_weights + other.calibrated_weights,
+            self.inputs + other.inputs,
+            self.salient_inputs + other.salient_inputs,
         )
 
     @property
     def salient_weight_share(self) -> float:
         """Salient weights among all, 0 to 1."""
         return self.salient_weights / self.weights if self.weights else 0.0
+
+    @property
+    def salient_input_share(self) -> float:
+        """Salient values among the inputs, 0 to 1; 0 without calibration."""
+        return self.salient_inputs / self.inputs if self.inputs else 0.0
 
     @property
     def relative_error(self) -> float:
@@ -159,6 +170,8 @@ class Recipe:
         transforms: changes to tensors, by name. Only the tensors named here are changed.
         encoder: settings of layers that differ from the model's, by the name of their weight tensor.
         options: of the command line that led to this recipe, for the metadata; of paths the last component.
+        salient_input_share: of the inputs of calibrated layers, each input counted once; None if unknown.
+        finished: called when the output is complete.
     """
 
     calibration: str = "none"
@@ -166,6 +179,8 @@ class Recipe:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     encoder: Mapping[str, EncoderSettings] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    salient_input_share: float | None = None
+    finished: Callable[[], None] = lambda: None
 
 
 Calibrate = Callable[[Source, ConversionPlan, Progress], Recipe]

@@ -110,6 +110,7 @@ def compare_types(
     text: Text | str | Path | None = None,
     *,
     imatrix: str | Path | None = None,
+    calibration: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     **options: object,
@@ -120,6 +121,7 @@ def compare_types(
         source: GGUF file of floats, or of a stock type; its F16 version is the reference, listed or not.
         types: names as of `Variants.make`.
         imatrix: importance matrix for the quantizers.
+        calibration: text to calibrate SPK4 on; None for the converter's default.
         options: ctx, chunks, rounds, prompt, decode as of `compare`.
 
     Raises:
@@ -129,7 +131,7 @@ def compare_types(
     progress = progress or SilentProgress()
     threads = threads if threads is not None else default_threads()
     checked = as_text(text)  # before the long work begins
-    variants = Variants(source, imatrix=imatrix, threads=threads, progress=progress)
+    variants = Variants(source, imatrix=imatrix, calibration=calibration, threads=threads, progress=progress)
     if REFERENCE_TYPE in wanted:
         wanted.remove(REFERENCE_TYPE)
     wanted.insert(0, REFERENCE_TYPE)

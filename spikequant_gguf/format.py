@@ -102,6 +102,7 @@ KEY_ENCODER_SALIENCE = "spikequant.encoder.salience"
 KEY_ENCODER_SILENCE = "spikequant.encoder.silence"
 KEY_STATISTICS_TENSORS = "spikequant.statistics.tensors"
 KEY_STATISTICS_SALIENT_WEIGHT_SHARE = "spikequant.statistics.salient_weight_share"
+KEY_STATISTICS_SALIENT_INPUT_SHARE = "spikequant.statistics.salient_input_share"
 KEY_STATISTICS_RELATIVE_ERROR = "spikequant.statistics.relative_error"
 
 __all__ += [name for name in dir() if name.startswith("KEY_")]

@@ -17,6 +17,7 @@ from .format import (
     KEY_ENCODER_SILENCE,
     KEY_ENCODER_TENSORS,
     KEY_STATISTICS_RELATIVE_ERROR,
+    KEY_STATISTICS_SALIENT_INPUT_SHARE,
     KEY_STATISTICS_SALIENT_WEIGHT_SHARE,
     KEY_STATISTICS_TENSORS,
     SPK4_NOT_ROTATED,
@@ -49,7 +50,8 @@ class TensorSummary:
         bytes: size of the data; None for an unknown type.
         bits_per_weight: of the data.
         rotated: of SPK4: whether stored in the rotated basis.
-        salient_weight_share, relative_error: statistics that the converter recorded; None if it did not.
+        salient_weight_share, salient_input_share, relative_error: statistics that the converter recorded;
+            None if it did not.
         salience, silence: settings of the activation encoder in the file; None where defaults apply.
     """
 
@@ -60,6 +62,7 @@ class TensorSummary:
     bits_per_weight: float | None
     rotated: bool | None = None
     salient_weight_share: float | None = None
+    salient_input_share: float | None = None
     relative_error: float | None = None
     salience: float | None = None
     silence: float | None = None
@@ -125,7 +128,11 @@ def inspect_file(path: str | Path) -> InspectReport:
     path = Path(path)
     header = read_header(path)
     statistics = _columns(
-        header, KEY_STATISTICS_TENSORS, KEY_STATISTICS_SALIENT_WEIGHT_SHARE, KEY_STATISTICS_RELATIVE_ERROR
+        header,
+        KEY_STATISTICS_TENSORS,
+        KEY_STATISTICS_SALIENT_WEIGHT_SHARE,
+        KEY_STATISTICS_SALIENT_INPUT_SHARE,
+        KEY_STATISTICS_RELATIVE_ERROR,
     )
     encoder = _columns(header, KEY_ENCODER_TENSORS, KEY_ENCODER_SALIENCE, KEY_ENCODER_SILENCE)
     tensors = tuple(_summary(path, tensor, statistics, encoder) for tensor in header.tensors)
@@ -212,7 +219,7 @@ def _summary(
     encoder: dict[str, list[float | None]],
 ) -> TensorSummary:
     bits = None if tensor.n_bytes is None else 8 * tensor.n_bytes / max(1, _elements(tensor))
-    share, error = statistics.get(tensor.name, (None, None))
+    share, input_share, error = statistics.get(tensor.name, (None, None, None))
     salience, silence = encoder.get(tensor.name, (None, None))
     return TensorSummary(
         name=tensor.name,
@@ -222,6 +229,7 @@ def _summary(
         bits_per_weight=bits,
         rotated=_is_rotated(path, tensor) if tensor.type_id == TYPE_SPK4 else None,
         salient_weight_share=share,
+        salient_input_share=input_share,
         relative_error=error,
         salience=salience or None,  # 0 stands for the default
         silence=silence or None,

@@ -24,11 +24,14 @@ from .ggml_patch.upstream import load_upstream, patch_id
 from .gguf_header import GGUFHeader, read_header
 from .inspect_file import model_type, type_name
 from .models import models_folder
+from .texts import read_text
 
 __all__ = ["DEFAULT_TYPES", "REFERENCE_TYPE", "STOCK_TYPES", "Variants", "quantized_tensor_types"]
 
 REFERENCE_TYPE = "f16"
 SPIKE_TYPE = "spk4"
+SPIKE_PRESETS = {SPIKE_TYPE: "balanced", "spk4-fast": "fast", "spk4-accurate": "accurate"}
+"""The converter's presets by the names of `--types`."""
 DEFAULT_TYPES = ("f16", "q4_0", "q4_k_m", "iq4_xs", "spk4")
 STOCK_TYPES = (
     *(
@@ -73,6 +76,7 @@ class Variants:
     Args:
         source: GGUF file; of floats, or of a stock quantized type, which is dequantized first.
         imatrix: importance matrix for all quantizers, or None.
+        calibration: text to calibrate SPK4 on; None for the converter's default.
         threads: that quantize.
 
     Raises:
@@ -84,11 +88,13 @@ class Variants:
         source: str | Path,
         *,
         imatrix: str | Path | None = None,
+        calibration: str | Path | None = None,
         threads: int,
         progress: Progress | None = None,
     ) -> None:
         self.source = Path(source)
         self.imatrix = None if imatrix is None else Path(imatrix)
+        self._calibration = None if calibration is None else read_text(calibration)
         self._threads = threads
         self._progress = progress or SilentProgress()
         if self.source.is_dir():
@@ -115,9 +121,9 @@ class Variants:
             InputError: there is no such type. SpikeQuantError: the quantizer refuses the model.
         """
         kind = kind.lower()
-        if kind not in (*STOCK_TYPES, SPIKE_TYPE):
+        if kind not in (*STOCK_TYPES, *SPIKE_PRESETS):
             raise InputError(
-                f"there is no type '{kind}'", f"choose from {', '.join((SPIKE_TYPE, *STOCK_TYPES))}"
+                f"there is no type '{kind}'", f"choose from {', '.join((*SPIKE_PRESETS, *STOCK_TYPES))}"
             )
         if kind == self.source_type and kind in ("f32", "f16", "bf16"):
             return self.source
@@ -126,8 +132,8 @@ class Variants:
             if not path.is_file():
                 origin = self.source if kind == REFERENCE_TYPE else self.make(REFERENCE_TYPE)
                 with atomic_path(path) as partial:
-                    if kind == SPIKE_TYPE:
-                        self._convert(origin, partial)
+                    if kind in SPIKE_PRESETS:
+                        self._convert(origin, partial, SPIKE_PRESETS[kind])
                     else:
                         self._quantize(origin, partial, kind)
         return path
@@ -135,8 +141,10 @@ class Variants:
     def _settings(self, kind: str) -> str:
         """Eight digits that change with everything but the source that a version depends on."""
         parts = [load_upstream().version, "" if kind in ("f32", "f16", "bf16") else self._imatrix_digest]
-        if kind == SPIKE_TYPE:
+        if kind in SPIKE_PRESETS:
             parts += [__version__, patch_id(load_upstream()), _converter_digest()]
+            if self._calibration is not None:
+                parts.append(self._calibration.sha256)
         return short_hash(*parts)[:8]
 
     def _quantize(self, origin: Path, out: Path, kind: str) -> None:
@@ -165,17 +173,17 @@ class Variants:
                 "leave this type out of --types, or give it what it asks for",
             )
 
-    def _convert(self, origin: Path, out: Path) -> None:
+    def _convert(self, origin: Path, out: Path, preset: str) -> None:
         from .converter import ConvertOptions, convert  # needed for this type only
         from .converter.calibrated import CalibrationOptions, calibration
 
-        self._progress.step("convert", SPIKE_TYPE.upper())
+        self._progress.step("convert", f"{SPIKE_TYPE.upper()}, {preset}")
         convert(
             origin,
             out,
             ConvertOptions(importance=self.imatrix, threads=self._threads, resume=False),
             ConverterProgress(self._progress),
-            calibrate=calibration(CalibrationOptions(threads=self._threads)),
+            calibrate=calibration(CalibrationOptions(self._calibration, preset, threads=self._threads)),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -11,83 +12,134 @@ import pytest
 
 from spikequant_gguf import codec
 from spikequant_gguf.converter import ConvertOptions, convert
-from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
-from spikequant_gguf.converter.moments import MomentStore
+from spikequant_gguf.converter.calibrated import (
+    CalibrationOptions,
+    Estimate,
+    calibration,
+    quantize_calibrated,
+)
+from spikequant_gguf.converter.inputs import moments, survey
+from spikequant_gguf.converter.layer_journal import LayerJournal
+from spikequant_gguf.converter.lockstep import Lockstep, calibration_stretches
+from spikequant_gguf.converter.presets import PRESETS
 from spikequant_gguf.converter.smoothing import fold, scaling_factors
 from spikequant_gguf.converter.source import open_gguf
 from spikequant_gguf.converter.structure import Site, find_sites
 from spikequant_gguf.errors import InputError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import BLOCK_SPK4
+from spikequant_gguf.inspect_file import inspect_file
 from spikequant_gguf.native import load
+from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, read_text
+from spikequant_gguf.verify import verify_file
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
 CTX, CHUNKS = 64, 6
 
 
-def store(
-    model: Path, text: Path, sizes: dict[str, int], budget: int = 1 << 30, threads: int = 2
-) -> MomentStore:
-    return MomentStore(
-        model,
-        sizes,
-        read_text(text).data,
-        text.name,
-        ctx=CTX,
-        chunks=CHUNKS,
-        threads=threads,
-        budget=budget,
-        report=lambda done, total: None,
-    )
-
-
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
-def test_moments_of_the_first_layer(tiny_model_f32, tiny_text):
-    """Its input is known: the norm of the embeddings of the tokens read."""
-    with Model(tiny_model_f32, ctx_size=CTX) as model:
-        tokens = model.tokenize(read_text(tiny_text).data)[: CTX * CHUNKS].reshape(CHUNKS, CTX).copy()
-        tokens[:, 0] = model.bos
+def sites_of(model: Path) -> dict[str, Site]:
+    with open_gguf(model, load()) as source:
+        spiking = [name for name in source.tensors if "blk." in name and source.tensors[name].n_rows > 1]
+        found = find_sites(source.architecture, source.metadata, list(source.tensors), spiking)
+    return {name: site for site in found for name in site.readers}
+
+
+def stretches(model: Path, text: Path, chunks: int = CHUNKS) -> np.ndarray:
+    with Model(model, ctx_size=CTX) as opened:
+        return calibration_stretches(opened, read_text(text).data, text.name, CTX, chunks)
+
+
+def test_inputs_of_the_first_layer(tiny_model_f32, tiny_text):
+    """They are known: the norm of the embeddings of the tokens read."""
+    tokens = stretches(tiny_model_f32, tiny_text)
     weights = tensors_of(tiny_model_f32)
     x = weights["token_embd.weight"][tokens.reshape(-1)].astype(np.float64)
     x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5) * weights["blk.0.attn_norm.weight"]
-    name = "blk.0.attn_q.weight"
-    found = store(tiny_model_f32, tiny_text, {name: x.shape[1]})
-    expected = x.T @ x / len(x)
-    assert np.allclose(found.matrix(name), expected, rtol=1e-4, atol=1e-5)
-    assert np.allclose(found.diagonals()[name], np.diag(expected), rtol=1e-4)
-    found.close()
+    sites = sites_of(tiny_model_f32)
+    found = survey(tiny_model_f32, tokens, sites, 2, lambda *_: None)
+    assert set(found) == set(sites.values())
+    first = found[sites["blk.0.attn_q.weight"]]
+    assert np.allclose(first.mean_squares, (x**2).mean(axis=0), rtol=1e-4)
+    assert np.allclose(first.sample, x[:: len(x) // 64][:64], rtol=1e-3, atol=1e-4)
 
 
-def test_moments_in_several_passes(tiny_model_f32, tiny_text):
-    sizes = {f"blk.{layer}.ffn_down.weight": 256 for layer in range(2)} | {"blk.1.attn_q.weight": 128}
-    once = store(tiny_model_f32, tiny_text, sizes)
-    often = store(tiny_model_f32, tiny_text, sizes, budget=1, threads=3)
-    for name in sizes:
-        assert np.array_equal(once.matrix(name), often.matrix(name))
-        assert np.allclose(once.diagonals()[name], often.diagonals()[name], rtol=1e-5)
-    once.close()
-    often.close()
+def test_a_twin_with_the_same_weights_sees_the_same(tiny_model_f32, tiny_text):
+    """Every site is met once, in order; products made elsewhere take the place of llama.cpp's."""
+    tokens, sites, weights = (
+        stretches(tiny_model_f32, tiny_text),
+        sites_of(tiny_model_f32),
+        tensors_of(tiny_model_f32),
+    )
+    met, distances, shapes = [], [], []
+
+    def on_site(site: Site, x: np.ndarray, seen: np.ndarray) -> None:
+        met.append(site)
+        shapes.append(len(seen))
+        distances.append(np.abs(x - seen).max() / np.abs(x).max())
+
+    def product(name: str, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x @ weights[name].T)
+
+    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as lockstep:
+        lockstep.run(tokens, on_site, product)
+    assert len(met) == len(set(met)) and set(met) == set(sites.values())
+    layers = [int(site.readers[0].split(".")[1]) for site in met]
+    assert layers == sorted(layers)
+    assert max(distances) < 1e-3  # keys and values are kept in half precision
+    assert set(shapes[:-2]) == {tokens.size}
+
+
+def test_an_error_in_a_layer_ends_the_run(tiny_model_f32, tiny_text):
+    tokens, sites = stretches(tiny_model_f32, tiny_text, 2), sites_of(tiny_model_f32)
+
+    def on_site(site: Site, x: np.ndarray, seen: np.ndarray) -> None:
+        raise InputError("no")
+
+    with Lockstep(tiny_model_f32, stretches=2, ctx=CTX, threads=1, sites=sites) as lockstep:
+        with pytest.raises(InputError, match="no"):
+            lockstep.run(tokens, on_site, lambda name, x: x)
+
+
+def test_moments():
+    rng = np.random.default_rng(0)
+    x, seen = rng.standard_normal((2, 5000, 128)).astype(np.float32)
+    factors = rng.uniform(0.5, 2, 128).astype(np.float32)
+    a, b = (rotate(values * factors).astype(np.float64) for values in (x, seen))
+    results = [moments(x, seen, factors, load(), threads) for threads in (1, 3)]
+    own, cross = results[0]
+    assert np.allclose(own, b.T @ b / len(b), rtol=1e-5, atol=1e-5)
+    assert np.allclose(cross, b.T @ (a - b) / len(b), rtol=1e-5, atol=1e-5)
+    assert np.array_equal(own, results[1][0]) and np.array_equal(cross, results[1][1])
 
 
 def test_a_text_too_short(tiny_model_f32):
-    short = MomentStore(
-        tiny_model_f32,
-        {"blk.0.attn_q.weight": 128},
-        b"a few words",
-        "short.txt",
-        ctx=CTX,
-        chunks=1,
-        threads=1,
-        budget=1,
-        report=lambda done, total: None,
-    )
-    with pytest.raises(InputError, match=r"'short.txt' has only \d+ tokens, less than one context of 64"):
-        short.diagonals()
+    with Model(tiny_model_f32, ctx_size=CTX) as model:
+        with pytest.raises(InputError, match=r"'short.txt' has only \d+ tokens, less than one context of 64"):
+            calibration_stretches(model, b"a few words", "short.txt", CTX, 1)
+
+
+def test_correction_makes_up_for_what_can_be_foreseen():
+    """Inputs that arrive too small by a fifth: corrected weights give outputs nearer to the wanted ones."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4000, 128)).astype(np.float32)
+    seen = 0.8 * x + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    weights = rng.standard_normal((40, 128)).astype(np.float32)
+    own, cross = moments(x, seen, None, load(), 2)
+    losses = []
+    for correction in (0.0, 0.5, 1.0):
+        blocks = quantize_calibrated(
+            load(), weights, own, cross, CalibrationOptions(correction=correction), 2
+        )
+        stored = codec.decode_weights(blocks)
+        losses.append(np.square(x @ weights.T - seen @ stored.T).mean() / np.square(x @ weights.T).mean())
+    assert losses[2] < losses[1] < losses[0]
+    assert losses[2] < 0.03 < losses[0]
 
 
 def test_sites_share_inputs_and_know_their_writers(tiny_model_f32):
@@ -118,16 +170,11 @@ class ExactCacheModel(Model):
 
 def test_scaling_changes_nothing(tiny_model_f32, tiny_text, tmp_path):
     """The folded model is the same function: its float32 logits agree to rounding."""
+    found = survey(
+        tiny_model_f32, stretches(tiny_model_f32, tiny_text), sites_of(tiny_model_f32), 2, lambda *_: None
+    )
     with open_gguf(tiny_model_f32, load()) as source:
-        spiking = [name for name in source.tensors if "blk." in name and source.tensors[name].n_rows > 1]
-        sites = find_sites(source.architecture, source.metadata, list(source.tensors), spiking)
-        squares = store(
-            tiny_model_f32, tiny_text, {s.readers[0]: source.tensors[s.readers[0]].n_in for s in sites}
-        )
-        factors = {
-            site: scaling_factors(site, squares.diagonals()[site.readers[0]], source) for site in sites
-        }
-        squares.close()
+        factors = {site: scaling_factors(site, facts.mean_squares, source) for site, facts in found.items()}
     assert all(factor is not None and np.ptp(factor) > 0.1 for factor in factors.values())
     folded = tmp_path / "folded.gguf"
     shutil.copy(tiny_model_f32, folded)
@@ -159,27 +206,89 @@ def output_error(weights: np.ndarray, blocks: np.ndarray, moments: np.ndarray) -
 
 def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
     """Less output error than nearest rounding in every layer, valid data, and provenance in the metadata."""
-    options = CalibrationOptions(small_text, ctx=CTX, chunks=CHUNKS, smoothing=False)
+    options = CalibrationOptions(small_text, ctx=CTX, chunks=CHUNKS, smoothing=False, correction=0.0)
     direct = convert(tiny_model_f32, tmp_path / "direct.gguf")
     report = convert(tiny_model_f32, tmp_path / "calibrated.gguf", calibrate=calibration(options))
     assert report.calibration.startswith("tiny.txt, sha256 ")
     assert direct.calibration == "none"
+    assert verify_file(report.path).ok
     source = tensors_of(tiny_model_f32)
     stored = {path: tensors_of(path) for path in (direct.path, report.path)}
-    sizes = {tensor.name: tensor.shape[0] for tensor in report.plan.spiking}
-    moments = store(tiny_model_f32, Path(small_text.file), sizes)
-    for name in sizes:
-        h = moments.matrix(name).astype(np.float64)
+    seen: dict[Site, np.ndarray] = {}
+    tokens, sites = stretches(tiny_model_f32, Path(small_text.file)), sites_of(tiny_model_f32)
+    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as lockstep:
+        lockstep.run(
+            tokens,
+            lambda site, x, _: seen.update({site: x.astype(np.float64)}),
+            lambda name, x: np.ascontiguousarray(x @ source[name].T),
+        )
+    for name, site in sites.items():
+        x = seen[site]
         errors = [
             output_error(
                 source[name].astype(np.float64),
                 stored[path][name].view(BLOCK_SPK4).reshape(len(source[name]), -1),
-                h,
+                x.T @ x,
             )
             for path in (direct.path, report.path)
         ]
         assert errors[1] < errors[0], name
-    moments.close()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(tiny_model_f32, small_text, tmp_path, preset):
+    """The share of salient activations is what the preset wants, and it is in the file, layer by layer."""
+    options = CalibrationOptions(small_text, preset, ctx=CTX, chunks=2)
+    report = convert(tiny_model_f32, tmp_path / "out.gguf", calibrate=calibration(options))
+    inspected = [t for t in inspect_file(report.path).tensors if t.type == "SPK4"]
+    sizes = {site: tensor.shape[0] for tensor in inspected if (site := sites_of(tiny_model_f32)[tensor.name])}
+    shares = {sites_of(tiny_model_f32)[tensor.name]: tensor.salient_input_share for tensor in inspected}
+    average = sum(shares[site] * sizes[site] for site in sizes) / sum(sizes.values())
+    wanted = PRESETS[preset].salient_share
+    assert report.salient_input_share == pytest.approx(average, rel=1e-3)
+    assert 0.7 * wanted < average <= wanted + 1e-3
+    assert all((tensor.silence or 0.5) == pytest.approx(PRESETS[preset].silence) for tensor in inspected)
+    assert (report.statistics[inspected[0].name].salient_weights > 0) == (PRESETS[preset].salient_weights > 0)
+
+
+def test_no_such_preset():
+    with pytest.raises(InputError, match="no preset 'quick'"):
+        CalibrationOptions(preset="quick")
+
+
+def test_an_interrupted_conversion_goes_on(tiny_model_f32, small_text, tmp_path):
+    journal = tmp_path / "journal"
+    options = CalibrationOptions(small_text, ctx=CTX, chunks=2, journal=journal)
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+
+    def interrupt(stage: str, item: str | None, done: int, total: int) -> None:
+        if stage == "calibrate" and item and item.startswith("blk.1."):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model_f32, out, progress=interrupt, calibrate=calibration(options))
+    assert not out.exists()
+    assert journal.stat().st_size > 0
+    with journal.open("ab") as file:
+        file.write(b'{"name": "blk.1.ffn_down.weight", "rows": 1, "bytes": 36, "sha256": "0"}\nbroken')
+    estimates: list[Estimate] = []
+    resumed = replace(options, announce=estimates.append)
+    convert(tiny_model_f32, out, calibrate=calibration(resumed))
+    assert estimates[0].finished > 0
+    assert not journal.exists()
+    convert(tiny_model_f32, whole, calibrate=calibration(replace(options, journal=None)))
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_journal_of_other_options_is_not_used(tmp_path):
+    blocks = np.zeros((3, 2), BLOCK_SPK4)
+    blocks["codes"] = 7
+    with LayerJournal(tmp_path / "j", {"a": 1}) as journal:
+        journal.add("x", blocks)
+    with LayerJournal(tmp_path / "j", {"a": 1}) as journal:
+        assert np.array_equal(journal.read("x"), blocks)
+    with LayerJournal(tmp_path / "j", {"a": 2}) as journal:
+        assert "x" not in journal
 
 
 @pytest.mark.parametrize("smoothing", [False, True])
@@ -193,13 +302,3 @@ def test_threads_do_not_change_the_file(tiny_model_f32, small_text, tmp_path, sm
         )
         files.append(out.read_bytes())
     assert files[0] == files[1] == files[2]
-
-
-def test_memory_does_not_change_the_file(tiny_model_f32, small_text, tmp_path):
-    files = []
-    for memory in (1, 1 << 30):
-        options = CalibrationOptions(small_text, ctx=CTX, chunks=2, memory=memory, smoothing=False)
-        out = tmp_path / "same.gguf"
-        convert(tiny_model_f32, out, ConvertOptions(force=True), calibrate=calibration(options))
-        files.append(out.read_bytes())
-    assert files[0] == files[1]

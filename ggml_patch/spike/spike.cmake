@@ -69,5 +69,5 @@ function(spike_add_cpu_backend target)
         ${SPIKE_DIR}/cpu/spike-work.cpp
         # here rather than in ggml-base: this library is compiled for the machine's instruction set
         ${SPIKE_DIR}/quantizer/spike-calibrated.cpp
-        ${SPIKE_DIR}/quantizer/spike-moments.cpp)
+        ${SPIKE_DIR}/quantizer/spike-inputs.cpp)
 endfunction()

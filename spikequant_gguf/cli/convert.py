@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
 from .common import Force, JsonOutput, Quiet, Threads, Verbose, command
 
 if TYPE_CHECKING:
@@ -37,12 +38,38 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what each tensor would become, with sizes; write nothing.")
     ] = False,
+    preset: Annotated[
+        str,
+        typer.Option(
+            "--preset", metavar="NAME", help="fast (sparser), balanced, or accurate (more salient)."
+        ),
+    ] = "balanced",
     salience: Annotated[
-        float, typer.Option("--salience", help="Salience threshold of the activation encoder, in 0..7.5.")
-    ] = 2.3,
+        str,
+        typer.Option(
+            "--salience",
+            metavar="C|auto",
+            help="Salience threshold of the activation encoder, 0..7.5; auto: the best one for each layer.",
+        ),
+    ] = "auto",
+    salient_share: Annotated[
+        float | None,
+        typer.Option(
+            "--salient-share",
+            min=0,
+            max=1,
+            help="Share of salient activations, on average, that auto aims at.",
+            show_default="the preset's; balanced: 0.12",
+        ),
+    ] = None,
     silence: Annotated[
-        float, typer.Option("--silence", help="Silence threshold in steps, 0..4: larger is sparser.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--silence",
+            help="Silence threshold in steps, 0..4: larger is sparser.",
+            show_default="the preset's; balanced: 0.5",
+        ),
+    ] = None,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", help="Importance matrix of llama-imatrix.", show_default=False)
     ] = None,
@@ -118,16 +145,32 @@ def convert(
     with command(json_output, quiet, verbose) as console:
         from ..converter import ConvertOptions, plan
         from ..converter import convert as run
-        from ..converter.calibrated import CalibrationOptions
+        from ..converter.calibrated import CalibrationOptions, journal_path
+        from ..converter.presets import PRESETS
+        from ..format import DEFAULT_SALIENCE, DEFAULT_SILENCE
         from ..host import default_threads
         from ..texts import read_text
         from ..variants import ConverterProgress
         from .tables import show_conversion, show_plan
 
         rules = [*(_read_rules(tensor_type_file) if tensor_type_file else []), *(tensor_type or [])]
-        options = ConvertOptions(
-            salience=salience,
+        threshold = _threshold(salience)
+        settings = CalibrationOptions(
+            text=None if calibration is None else read_text(calibration),
+            preset=preset,
+            salience=threshold,
+            salient_share=salient_share,
             silence=silence,
+            chunks=calibration_chunks,
+            smoothing=smoothing,
+            threads=threads or default_threads(),
+            journal=journal_path(source, out),
+            announce=lambda estimate: console.say(estimate.sentence(threads or default_threads())),
+        )
+        default_silence = PRESETS[preset].silence if calibrated else DEFAULT_SILENCE
+        options = ConvertOptions(
+            salience=DEFAULT_SALIENCE if threshold is None else threshold,
+            silence=default_silence if silence is None else silence,
             importance=imatrix,
             tensor_types=tuple(rules),
             pure=pure,
@@ -139,12 +182,6 @@ def convert(
             override_kv=tuple(override_kv or ()),
             split_max_size=split_max_size,
         )
-        settings = CalibrationOptions(
-            text=None if calibration is None else read_text(calibration),
-            chunks=calibration_chunks,
-            smoothing=smoothing,
-            threads=threads or default_threads(),
-        )
         with console.progress() as progress:
             if dry_run:
                 planned = plan(source, options, ConverterProgress(progress))
@@ -155,6 +192,18 @@ def convert(
             console.result(planned.to_json, lambda out: show_plan(out, planned))
         else:
             console.result(report.to_json, lambda out: show_conversion(out, report))
+
+
+def _threshold(text: str) -> float | None:
+    """The number of --salience; None for auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--salience {text} is no number", "give a number, for example 2.3, or auto"
+        ) from None
 
 
 def _calibration(settings: CalibrationOptions) -> Calibrate:

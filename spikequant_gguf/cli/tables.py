@@ -81,6 +81,9 @@ def show_conversion(out: Console, report: ConvertReport) -> None:
     spiking = report.plan.spiking
     weights = sum(tensor.n_weights for tensor in spiking)
     salient = sum(each.salient_weights for each in report.statistics.values())
+    inputs = ""
+    if report.salient_input_share is not None:
+        inputs = f" and {report.salient_input_share:.1%} of their inputs"
     for warning in report.warnings:
         line(out, f"warning: {warning}")
     if report.resumed:
@@ -88,7 +91,7 @@ def show_conversion(out: Console, report: ConvertReport) -> None:
     line(
         out,
         f"{report.path}: {len(spiking)} of {len(report.plan.tensors)} tensors are SPK4, "
-        f"{salient / weights:.2%} of their weights salient; {_megabytes(report.file_bytes)}, "
+        f"{salient / weights:.2%} of their weights{inputs} salient; {_megabytes(report.file_bytes)}, "
         f"{report.bits_per_weight:.2f} bits per weight; calibration: {report.calibration} "
         f"({report.seconds:.1f} s)",
     )
@@ -154,6 +157,7 @@ def show_inspect(out: Console, report: InspectReport, tensors: bool, metadata: b
             ("bits/w", "right"),
             ("rotated", "left"),
             ("salient", "right"),
+            ("of inputs", "right"),
             ("rel. error", "right"),
             ("c", "right"),
             ("δ", "right"),
@@ -166,7 +170,10 @@ def show_inspect(out: Console, report: InspectReport, tensors: bool, metadata: b
                 tensor.type,
                 number(tensor.bits_per_weight, "5.2f"),
                 {True: "yes", False: "no", None: ""}[tensor.rotated],
-                "" if tensor.salient_weight_share is None else f"{tensor.salient_weight_share:.2%}",
+                *(
+                    "" if share is None else f"{share:.2%}"
+                    for share in (tensor.salient_weight_share, tensor.salient_input_share)
+                ),
                 number(tensor.relative_error, ".4f"),
                 number(tensor.salience, ".3g"),
                 number(tensor.silence, ".3g"),

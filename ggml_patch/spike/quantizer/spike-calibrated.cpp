@@ -1,9 +1,11 @@
 // GPTQ for uniform rows: one threshold and one zero-point per row, two salient weights per block.
 //
-//  1. a threshold and zero-point by search, errors weighted by the diagonal of the moments
-//  2. GPTQ (Frantar et al. 2022) over the inputs in descending order of their moment, for several thresholds;
-//     the one of least loss stays
-//  3. coordinate descent on the codes, with free choice of the salient positions, and a least-squares threshold
+//  1. what the row shall compute from the inputs that it will see: part of their deviation from the float model's inputs
+//     is predictable from them (after GPTAQ, Li et al. 2025), and the row makes up for a share of it
+//  2. a threshold and zero-point by search, errors weighted by the diagonal of the moments
+//  3. GPTQ (Frantar et al. 2022) over the inputs in descending order of their moment, for several thresholds and
+//     zero-points; the two of least loss go on
+//  4. coordinate descent on the codes, with free choice of the salient positions, and a least-squares threshold
 #include "spike-quantizer.h"
 
 #include "ggml-impl.h"
@@ -19,7 +21,10 @@
 namespace {
 
 constexpr int     LANES = 32; // rows that go through GPTQ together, one per vector lane
-constexpr float   THRESHOLD_GRID[] = { 1.0f, 0.9f, 0.8f, 0.7f, 0.6f }; // of the searched one
+constexpr int64_t GPTQ_BLOCK = 64; // inputs; a divisor of all numbers of inputs
+constexpr int     STRIP = 8;  // inputs whose sums for all lanes stay in registers
+constexpr float   THRESHOLD_GRID[] = { 1.0f, 0.92f, 0.85f, 0.78f, 0.71f, 0.65f, 0.59f }; // of the searched one
+constexpr int     FINALISTS = 2; // of the outcomes of GPTQ, per row
 constexpr float   EXTENSION = 16.0f;
 
 float clamp(float x, float lo, float hi) {
@@ -72,8 +77,8 @@ bool factor_inverse(const std::vector<float> & h, int64_t n, std::vector<float> 
 
 class quantizer {
   public:
-    quantizer(const float * weights, const float * moments, int64_t n_rows, int64_t n, const spike_quantizer_options & options) :
-        weights(weights), n_rows(n_rows), n(n), n_blocks(n/QK_SPK), options(options), h(moments, moments + n*n), order(n) {
+    quantizer(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n, const spike_quantizer_options & options) :
+        weights(weights), deviations(deviations), n_rows(n_rows), n(n), n_blocks(n/QK_SPK), options(options), h(moments, moments + n*n), order(n) {
         double diagonal = 0.0;
         for (int64_t i = 0; i < n; i++) {
             diagonal += h[i*n + i];
@@ -97,37 +102,87 @@ class quantizer {
                 permuted[i*n + j] = damped[(int64_t) order[i]*n + order[j]];
             }
         }
-        return factor_inverse(permuted, n, u);
+        if (!factor_inverse(permuted, n, u)) {
+            return false;
+        }
+        if (deviations != nullptr) {
+            u_transposed.resize(u.size());
+            for (int64_t i = 0; i < n; i++) {
+                for (int64_t j = 0; j < n; j++) {
+                    u_transposed[j*n + i] = u[i*n + j];
+                }
+            }
+        }
+        return true;
     }
 
     // Rows r0 .. r0 + LANES - 1, as far as they exist.
     void quantize_batch(int64_t r0, block_spk4 * blocks, float * error) const {
         const int n_lanes = (int) std::min<int64_t>(LANES, n_rows - r0);
-        std::vector<float> codes((size_t) (LANES*n)); // [row][input], threshold units, zero at the zero-point
-        float threshold[LANES], zero_point[LANES];
-        search(r0, n_lanes, threshold, zero_point);
-        choose_threshold(r0, n_lanes, threshold, zero_point, codes);
-        for (int lane = 0; lane < n_lanes; lane++) {
-            const float * w = weights + (r0 + lane)*n;
-            float * v = codes.data() + lane*n;
-            for (int round = 0; round < options.rounds; round++) {
-                descend(w, v, threshold[lane], zero_point[lane]);
-                threshold[lane] = refit(w, v, threshold[lane]);
+        rows wanted((size_t) (LANES*n)), wh((size_t) (LANES*n)), difference((size_t) (LANES*n)), g((size_t) (LANES*n));
+        std::copy(weights + r0*n, weights + (r0 + n_lanes)*n, wanted.begin());
+        if (deviations != nullptr) {
+            correct(wanted);
+        }
+        times(wanted, damped.data(), wh);
+        float best_error[LANES];
+        std::fill(best_error, best_error + LANES, INFINITY);
+        std::vector<outcome> outcomes(FINALISTS);
+        find_outcomes(wanted, n_lanes, outcomes);
+        for (outcome & o : outcomes) {
+            for (int64_t i = 0; i < n_lanes*n; i++) {
+                difference[i] = o.threshold[i/n]*o.codes[i] - wanted[i];
             }
-            store(v, threshold[lane], zero_point[lane], blocks + (r0 + lane)*n_blocks);
-            error[r0 + lane] = relative_error(w, v, threshold[lane]);
+            times(difference, damped.data(), g);
+            for (int lane = 0; lane < n_lanes; lane++) {
+                const float * w = wanted.data() + lane*n;
+                const float * h = wh.data() + lane*n;
+                float * v = o.codes.data() + lane*n;
+                float * slope = g.data() + lane*n;
+                float & threshold = o.threshold[lane];
+                for (int round = 0; round < options.rounds; round++) {
+                    descend(v, slope, threshold, o.zero_point[lane]);
+                    threshold = refit(v, h, threshold, slope);
+                }
+                const float found = relative_error(w, h, v, slope, threshold);
+                if (found < best_error[lane] || best_error[lane] == INFINITY) {
+                    best_error[lane] = error[r0 + lane] = found;
+                    store(v, threshold, o.zero_point[lane], blocks + (r0 + lane)*n_blocks);
+                }
+            }
         }
     }
 
   private:
+    using rows = std::vector<float>; // LANES rows of n inputs
+
+    struct outcome { // of GPTQ
+        rows  codes; // threshold units, zero at the zero-point
+        float threshold[LANES], zero_point[LANES], loss[LANES];
+    };
+
+    // Adds correction * w D (H + damping)^-1: the least-squares prediction of w (x - x^) from the inputs x^ that are seen.
+    void correct(rows & w) const {
+        rows s((size_t) (LANES*n)), permuted((size_t) (LANES*n));
+        times(w, deviations, s);
+        for (int64_t i = 0; i < LANES*n; i++) {
+            permuted[i] = s[i - i%n + order[i%n]];
+        }
+        times(permuted, u.data(), s); // (H + damping)^-1 = U^T U
+        times(s, u_transposed.data(), permuted);
+        for (int64_t i = 0; i < LANES*n; i++) {
+            w[i - i%n + order[i%n]] += options.correction*permuted[i];
+        }
+    }
+
     // Nearest rounding at several thresholds and zero-points; the errors are weighted by the diagonal of H.
-    void search(int64_t r0, int n_lanes, float * threshold, float * zero_point) const {
+    void search(const rows & w, float * threshold, float * zero_point) const {
         std::vector<float> importance((size_t) n);
         for (int64_t i = 0; i < n; i++) {
             importance[i] = h[i*n + i]/mean_diagonal;
         }
-        for (int lane = 0; lane < n_lanes; lane++) {
-            spike_search_row(weights + (r0 + lane)*n, importance.data(), n, options.salient_weights, &threshold[lane], &zero_point[lane]);
+        for (int lane = 0; lane < LANES; lane++) {
+            spike_search_row(w.data() + lane*n, importance.data(), n, options.salient_weights, &threshold[lane], &zero_point[lane]);
         }
     }
 
@@ -143,97 +198,159 @@ class quantizer {
         }
     }
 
-    void choose_threshold(int64_t r0, int n_lanes, float * threshold, const float * zero_point, std::vector<float> & codes) const {
+    // GPTQ with several thresholds and zero-points; the best of each row, the best first. Rows beyond n_lanes are zeros.
+    void find_outcomes(const rows & wanted, int n_lanes, std::vector<outcome> & best) const {
         // lanes side by side, inputs in GPTQ's order
         std::vector<float> w0((size_t) (n*LANES)), reach((size_t) (n*LANES)), row_reach((size_t) n), w((size_t) (n*LANES));
         for (int lane = 0; lane < LANES; lane++) {
-            const float * row = weights + (r0 + std::min(lane, n_lanes - 1))*n;
+            const float * row = wanted.data() + lane*n;
             mark_salient(row, row_reach);
             for (int64_t i = 0; i < n; i++) {
                 w0[i*LANES + lane]    = row[order[i]];
                 reach[i*LANES + lane] = row_reach[order[i]];
             }
         }
-        float best_loss[LANES], best_threshold[LANES] = {};
-        std::fill(best_loss, best_loss + LANES, INFINITY);
-        for (const float factor : THRESHOLD_GRID) {
-            float theta[LANES], zero[LANES], loss[LANES];
-            for (int lane = 0; lane < LANES; lane++) {
-                const int source = std::min(lane, n_lanes - 1);
-                theta[lane] = spike_threshold_on_grid(threshold[source]*factor);
-                zero[lane]  = zero_point[source];
-            }
+        for (outcome & o : best) {
+            o.codes.resize((size_t) (LANES*n));
+            std::fill(o.loss, o.loss + LANES, INFINITY);
+        }
+        float searched[LANES], searched_zero[LANES], theta[LANES], zero[LANES], loss[LANES];
+        search(wanted, searched, searched_zero);
+        auto attempt = [&] {
             w = w0;
             run_gptq(w, reach, theta, zero, loss);
             for (int lane = 0; lane < n_lanes; lane++) {
-                if (loss[lane] < best_loss[lane]) {
-                    best_loss[lane]      = loss[lane];
-                    best_threshold[lane] = theta[lane];
-                    for (int64_t i = 0; i < n; i++) {
-                        codes[lane*n + order[i]] = w[i*LANES + lane];
-                    }
+                size_t place = best.size();
+                while (place > 0 && loss[lane] < best[place - 1].loss[lane]) {
+                    place--;
                 }
+                if (place == best.size()) {
+                    continue;
+                }
+                for (size_t k = best.size() - 1; k > place; k--) {
+                    std::copy_n(best[k - 1].codes.begin() + lane*n, n, best[k].codes.begin() + lane*n);
+                    best[k].threshold[lane]  = best[k - 1].threshold[lane];
+                    best[k].zero_point[lane] = best[k - 1].zero_point[lane];
+                    best[k].loss[lane]       = best[k - 1].loss[lane];
+                }
+                outcome & o = best[place];
+                for (int64_t i = 0; i < n; i++) {
+                    o.codes[lane*n + order[i]] = w[i*LANES + lane];
+                }
+                o.threshold[lane]  = theta[lane];
+                o.zero_point[lane] = zero[lane];
+                o.loss[lane]       = loss[lane];
             }
+        };
+        std::copy(searched_zero, searched_zero + LANES, zero);
+        for (const float factor : THRESHOLD_GRID) {
+            for (int lane = 0; lane < LANES; lane++) {
+                theta[lane] = spike_threshold_on_grid(searched[lane]*factor);
+            }
+            attempt();
         }
-        std::copy(best_threshold, best_threshold + n_lanes, threshold);
+        for (int lane = 0; lane < n_lanes; lane++) {
+            theta[lane] = best[0].threshold[lane];
+        }
+        for (const float step : { -1.0f, 1.0f }) {
+            for (int lane = 0; lane < LANES; lane++) {
+                zero[lane] = clamp(searched_zero[lane] + step, 0.0f, 15.0f);
+            }
+            attempt();
+        }
     }
 
     // Rounds input after input and lets the inputs to come make up for the error. On return w holds the codes.
+    // In blocks: within one, every input at once; the inputs after it get all its errors in one go.
     void run_gptq(std::vector<float> & w, const std::vector<float> & reach, const float * theta, const float * zero, float * loss) const {
         float inverse[LANES];
+        std::vector<float> errors((size_t) (GPTQ_BLOCK*LANES));
         for (int lane = 0; lane < LANES; lane++) {
             inverse[lane] = 1.0f/theta[lane];
             loss[lane]    = 0.0f;
         }
-        for (int64_t c = 0; c < n; c++) {
-            float * x = w.data() + c*LANES;
-            const float * extra  = reach.data() + c*LANES;
-            const float * factor = u.data() + c*n;
-            const float   pivot  = 1.0f/factor[c];
-            float error[LANES], code[LANES];
-            for (int lane = 0; lane < LANES; lane++) {
-                const float lo = -zero[lane] - extra[lane];
-                const float hi = 15.0f - zero[lane] + extra[lane];
-                code[lane]  = spike_round(clamp(x[lane]*inverse[lane], lo, hi));
-                error[lane] = (x[lane] - code[lane]*theta[lane])*pivot;
-                loss[lane] += error[lane]*error[lane];
-            }
-            for (int64_t k = c + 1; k < n; k++) {
-                float * y = w.data() + k*LANES;
-                const float f = factor[k];
+        for (int64_t first = 0; first < n; first += GPTQ_BLOCK) {
+            for (int64_t c = first; c < first + GPTQ_BLOCK; c++) {
+                float * x = w.data() + c*LANES;
+                float * error = errors.data() + (c - first)*LANES;
+                const float * extra  = reach.data() + c*LANES;
+                const float * factor = u.data() + c*n;
+                const float   pivot  = 1.0f/factor[c];
                 for (int lane = 0; lane < LANES; lane++) {
-                    y[lane] -= error[lane]*f;
+                    const float lo = -zero[lane] - extra[lane];
+                    const float hi = 15.0f - zero[lane] + extra[lane];
+                    const float code = spike_round(clamp(x[lane]*inverse[lane], lo, hi));
+                    error[lane] = (x[lane] - code*theta[lane])*pivot;
+                    loss[lane] += error[lane]*error[lane];
+                    x[lane] = code;
+                }
+                for (int64_t k = c + 1; k < first + GPTQ_BLOCK; k++) {
+                    float * y = w.data() + k*LANES;
+                    const float f = factor[k];
+                    for (int lane = 0; lane < LANES; lane++) {
+                        y[lane] -= error[lane]*f;
+                    }
                 }
             }
-            std::memcpy(x, code, sizeof(code));
+            for (int64_t k = first + GPTQ_BLOCK; k < n; k += STRIP) {
+                float strip[STRIP][LANES];
+                std::memcpy(strip, w.data() + k*LANES, sizeof(strip));
+                for (int64_t c = 0; c < GPTQ_BLOCK; c++) {
+                    const float * error  = errors.data() + c*LANES;
+                    const float * factor = u.data() + (first + c)*n + k;
+                    for (int a = 0; a < STRIP; a++) {
+                        for (int lane = 0; lane < LANES; lane++) {
+                            strip[a][lane] -= error[lane]*factor[a];
+                        }
+                    }
+                }
+                std::memcpy(w.data() + k*LANES, strip, sizeof(strip));
+            }
         }
     }
 
-    // Gradient of the loss by the dequantized weights: (theta v - w) H.
-    void gradient(const float * w, const float * v, float theta, std::vector<float> & g) const {
-        std::fill(g.begin(), g.end(), 0.0f);
-        for (int64_t i = 0; i < n; i++) {
-            add_to_gradient(i, theta*v[i] - w[i], g);
+    // out = x M, with the transpose of M at hand, row by row.
+    void times(const rows & x, const float * transposed, rows & out) const {
+        std::vector<float> columns((size_t) (n*LANES));
+        for (int lane = 0; lane < LANES; lane++) {
+            for (int64_t i = 0; i < n; i++) {
+                columns[i*LANES + lane] = x[lane*n + i];
+            }
+        }
+        for (int64_t i = 0; i < n; i += STRIP) {
+            float strip[STRIP][LANES] = {};
+            const float * m = transposed + i*n;
+            for (int64_t k = 0; k < n; k++) {
+                const float * column = columns.data() + k*LANES;
+                for (int a = 0; a < STRIP; a++) {
+                    for (int lane = 0; lane < LANES; lane++) {
+                        strip[a][lane] += column[lane]*m[a*n + k];
+                    }
+                }
+            }
+            for (int a = 0; a < STRIP; a++) {
+                for (int lane = 0; lane < LANES; lane++) {
+                    out[lane*n + i + a] = strip[a][lane];
+                }
+            }
         }
     }
 
-    void add_to_gradient(int64_t i, float change, std::vector<float> & g) const {
+    void add_to_gradient(int64_t i, float change, float * g) const {
         const float * row = damped.data() + i*n;
-        float * out = g.data();
         for (int64_t k = 0; k < n; k++) {
-            out[k] += change*row[k];
+            g[k] += change*row[k];
         }
     }
 
     // Sets each code to its best value given the others, until nothing changes.
-    void descend(const float * w, float * v, float theta, float zero) const {
+    // g: gradient of the loss by the dequantized weights, (theta v - w) H; kept up to date.
+    void descend(float * v, float * g, float theta, float zero) const {
         const float lo = -zero, hi = 15.0f - zero;
-        std::vector<float> g((size_t) n);
         std::vector<int>   n_salient((size_t) n_blocks);
         for (int64_t i = 0; i < n; i++) {
             n_salient[i/QK_SPK] += v[i] < lo || v[i] > hi;
         }
-        gradient(w, v, theta, g);
         for (int sweep = 0; sweep < options.descent_sweeps; sweep++) {
             bool changed = false;
             for (int64_t i = 0; i < n; i++) {
@@ -256,31 +373,27 @@ class quantizer {
         }
     }
 
-    // The threshold of least loss for the given codes: (v H w) / (v H v).
-    float refit(const float * w, const float * v, float theta) const {
-        std::vector<float> vh((size_t) n);
-        for (int64_t i = 0; i < n; i++) {
-            if (v[i] != 0.0f) {
-                add_to_gradient(i, v[i], vh);
-            }
-        }
+    // The threshold of least loss for the given codes, (v H w) / (v H v); g becomes the gradient there. wh: w H.
+    float refit(const float * v, const float * wh, float theta, float * g) const {
         double vhw = 0.0, vhv = 0.0;
         for (int64_t i = 0; i < n; i++) {
-            vhw += (double) vh[i]*w[i];
-            vhv += (double) vh[i]*v[i];
+            vhw += (double) wh[i]*v[i];
+            vhv += (double) (g[i] + wh[i])*v[i]; // of theta v H
         }
-        const float fitted = (float) (vhw/vhv);
-        // a row of zeros or an ill-conditioned fit keeps what it has
-        return fitted > 0.5f*theta && fitted < 2.0f*theta ? spike_threshold_on_grid(fitted) : theta;
+        const float fitted = (float) (vhw/vhv)*theta;
+        if (!(fitted > 0.5f*theta && fitted < 2.0f*theta)) {
+            return theta; // a row of zeros or an ill-conditioned fit keeps what it has
+        }
+        const float on_grid = spike_threshold_on_grid(fitted);
+        const float ratio   = on_grid/theta;
+        for (int64_t i = 0; i < n; i++) {
+            g[i] = (g[i] + wh[i])*ratio - wh[i];
+        }
+        return on_grid;
     }
 
-    float relative_error(const float * w, const float * v, float theta) const {
+    float relative_error(const float * w, const float * wh, const float * v, const float * g, float theta) const {
         double loss = 0.0, energy = 0.0;
-        std::vector<float> g((size_t) n), wh((size_t) n);
-        gradient(w, v, theta, g);
-        for (int64_t i = 0; i < n; i++) {
-            add_to_gradient(i, w[i], wh);
-        }
         for (int64_t i = 0; i < n; i++) {
             loss   += (double) g[i]*(theta*v[i] - w[i]);
             energy += (double) wh[i]*w[i];
@@ -295,19 +408,20 @@ class quantizer {
     }
 
     const float *           weights;
+    const float *           deviations;
     int64_t                 n_rows, n, n_blocks;
     spike_quantizer_options options;
-    std::vector<float>      h, damped, u; // u: in GPTQ's order
+    std::vector<float>      h, damped, u, u_transposed; // the last two in GPTQ's order
     std::vector<int>        order;
     float                   mean_diagonal;
 };
 
 } // namespace
 
-bool spike_quantize_calibrated(const float * weights, const float * moments, int64_t n_rows, int64_t n_inputs,
+bool spike_quantize_calibrated(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
                                const spike_quantizer_options * options, block_spk4 * blocks, float * error) {
     GGML_ASSERT(n_inputs % QK_SPK == 0 && options->salient_weights >= 0 && options->salient_weights <= SPIKE_SALIENT_SLOTS);
-    quantizer q(weights, moments, n_rows, n_inputs, *options);
+    quantizer q(weights, moments, deviations, n_rows, n_inputs, *options);
     if (!q.prepare()) {
         return false;
     }

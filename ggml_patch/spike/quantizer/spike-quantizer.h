@@ -10,21 +10,14 @@
 extern "C" {
 #endif
 
-// ---- second moments (spike-moments.cpp)
+// ---- inputs of a layer and sums of their products (spike-inputs.cpp)
 
-typedef struct spike_moments spike_moments;
+// Rows of n floats as the layer's weights meet them: times factors (NULL for none), and rotated.
+GGML_BACKEND_API void spike_prepare_inputs(const float * x, int64_t n_tokens, int64_t n, const float * factors, float * y, int n_threads);
 
-// names: weight tensors whose inputs are collected; sizes: their numbers of inputs, multiples of 64.
-// diagonal: only the squares, size floats instead of size x size.
-GGML_BACKEND_API spike_moments * spike_moments_new(const char * const * names, const int64_t * sizes, int n, bool diagonal, int n_threads);
-GGML_BACKEND_API void            spike_moments_free(spike_moments * moments);
-
-// A ggml_backend_sched_eval_callback, with the collector as user data: adds x x^T of every token to the named weights.
-GGML_BACKEND_API bool spike_moments_callback(struct ggml_tensor * node, bool ask, void * moments);
-
-// The sum over tokens, size x size floats, symmetric (or size floats); and how many tokens it holds.
-GGML_BACKEND_API void    spike_moments_read(const spike_moments * moments, int index, float * matrix);
-GGML_BACKEND_API int64_t spike_moments_tokens(const spike_moments * moments, int index);
+// sum[i][j] += a[t][i]*b[t][j] over the tokens, n x n; if symmetric only for j <= i, rounded up to tiles of 64.
+GGML_BACKEND_API void spike_add_products(const float * a, const float * b, int64_t n_tokens, int64_t n, bool symmetric, double * sum,
+                                         int n_threads);
 
 // ---- codes (spike-calibrated.cpp)
 
@@ -35,12 +28,14 @@ typedef struct {
     int32_t rounds;         // of descent and threshold refit
     int32_t rotated;        // whether weights and moments are in the rotated basis: only sets the flag
     int32_t n_threads;
+    float   correction;     // share of the predictable deviation of inputs that the weights make up for, 0..1
 } spike_quantizer_options;
 
-// weights: n_rows x n_inputs floats; moments: n_inputs x n_inputs, in the same basis.
+// weights: n_rows x n_inputs floats; moments: n_inputs x n_inputs, mean of x^ x^T over the inputs x^ that the layer will see,
+// in the same basis. deviations: NULL, or the mean of x^ (x - x^)^T, x being the float model's inputs (row k belongs to x^_k).
 // error: per row, the mean squared output error over the calibration tokens, relative to the mean squared output.
 // Returns false if the moments are not positive definite after damping.
-GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, const float * moments, int64_t n_rows, int64_t n_inputs,
+GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
                                                 const spike_quantizer_options * options, block_spk4 * blocks, float * error);
 
 #ifdef __cplusplus

@@ -1,0 +1,127 @@
+"""Inputs of linear layers: sums of their products, and what the encoder makes of them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikequant_gguf.format import DEFAULT_ZERO_POINT
+from spikequant_gguf.native import NativeLibrary, bind
+
+from .lockstep import BatchModel
+from .progress import CALIBRATE, Progress
+from .structure import Site
+
+__all__ = ["SiteSurvey", "moments", "survey"]
+
+_SURVEY_STRETCHES = 8
+_SAMPLE = 64  # tokens of the survey that are kept
+_SLAB = 4096  # tokens treated at once
+
+_FUNCTIONS = {
+    "spike_prepare_inputs": (
+        None,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+    ),
+    "spike_add_products": (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_bool)
+        + (ctypes.c_void_p, ctypes.c_int),
+    ),
+}
+
+
+class SiteSurvey:
+    """What a first pass over a little text says about the inputs of a site.
+
+    Attributes:
+        mean_squares: of each channel, float32[n_in].
+        sample: inputs of some tokens, float32[n, n_in].
+    """
+
+    def __init__(self, x: NDArray[np.float32]) -> None:
+        squares = sum(np.square(part, dtype=np.float64).sum(axis=0) for part in np.array_split(x, 16))
+        self.mean_squares = (np.asarray(squares) / len(x)).astype(np.float32)
+        self.sample = x[:: max(1, len(x) // _SAMPLE)][:_SAMPLE].copy()
+
+    def encoded(
+        self, factors: NDArray[np.float32] | None, salience: float, library: NativeLibrary
+    ) -> tuple[float, float]:
+        """Salient share of the values and mean relative squared error of the encoder at a threshold."""
+        x = self.sample if factors is None else self.sample * factors
+        blocks = library.encode_activations(x, salience, zero_point=DEFAULT_ZERO_POINT)
+        error = np.square(library.decode_activations(blocks) - x, dtype=np.float64).sum(axis=1)
+        size = np.square(x, dtype=np.float64).sum(axis=1)
+        bits = np.unpackbits(np.ascontiguousarray(blocks["salient_mask"]).view(np.uint8))
+        return float(bits.sum() / x.size), float((error / np.maximum(size, 1e-30)).mean())
+
+
+def survey(
+    path: Path, tokens: NDArray[np.int32], sites: Mapping[str, Site], threads: int, progress: Progress
+) -> dict[Site, SiteSurvey]:
+    """Reads some of int32[stretches, ctx] with the model. Sites that it never uses are not in the result."""
+    chosen = tokens[:: max(1, len(tokens) // _SURVEY_STRETCHES)][:_SURVEY_STRETCHES]
+    found: dict[Site, SiteSurvey] = {}
+    n_sites = len(set(sites.values()))
+
+    def on_input(name: str, x: NDArray[np.float32]) -> None:
+        if sites[name] not in found:
+            found[sites[name]] = SiteSurvey(x)
+            progress(CALIBRATE, "first look", len(found), 2 * n_sites)
+            if len(found) == n_sites:
+                model.stop()
+
+    model = BatchModel(
+        path,
+        stretches=len(chosen),
+        ctx=chosen.shape[1],
+        threads=threads,
+        names=sites,
+        on_input=on_input,
+    )
+    with model:
+        model.run(chosen)
+    return found
+
+
+def moments(
+    x: NDArray[np.float32],
+    seen: NDArray[np.float32],
+    factors: NDArray[np.float32] | None,
+    library: NativeLibrary,
+    threads: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Second moments of a layer's inputs, scaled and rotated as the layer will see them.
+
+    Args:
+        x, seen: inputs in the source model and in the one that is being quantized, float32[n_tokens, n_in].
+        factors: of the channels, float32[n_in], or None.
+
+    Returns:
+        Mean of seen seenᵀ, and of seen (x - seen)ᵀ, both float32[n_in, n_in].
+    """
+    bind(library.cpu, _FUNCTIONS)
+    n_tokens, n_in = seen.shape
+    own, cross = np.zeros((n_in, n_in)), np.zeros((n_in, n_in))
+    scaled = None if factors is None else factors.ctypes.data
+    for start in range(0, n_tokens, _SLAB):
+        prepared = []
+        for part in (x[start : start + _SLAB], seen[start : start + _SLAB]):
+            values = np.empty_like(part)
+            library.cpu.spike_prepare_inputs(
+                part.ctypes.data, *part.shape, scaled, values.ctypes.data, threads
+            )
+            prepared.append(values)
+        source, twin = prepared
+        source -= twin
+        for left, right, symmetric, target in ((twin, twin, True, own), (twin, source, False, cross)):
+            library.cpu.spike_add_products(
+                left.ctypes.data, right.ctypes.data, *left.shape, symmetric, target.ctypes.data, threads
+            )
+    lower = np.tril(own)
+    own = lower + np.tril(lower, -1).T
+    return (own / n_tokens).astype(np.float32), (cross / n_tokens).astype(np.float32)

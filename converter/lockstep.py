@@ -1,0 +1,306 @@
+"""Runs a model, and a twin of it that is being quantized, side by side in llama.cpp, layer by layer.
+
+All tokens are one batch, so that every linear layer is met once. When the twin comes to a layer, the inputs
+of both models are known: the layer can be quantized for the inputs that it will really see, and the twin goes
+on with the outputs of the quantized layer. Works for every architecture that llama.cpp runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikequant_gguf.errors import InputError, SpikeQuantError
+from spikequant_gguf.evaluation import Model
+from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.native import bind, load
+
+from .structure import Site
+
+__all__ = ["MAX_STRETCHES", "BatchModel", "Lockstep", "calibration_stretches"]
+
+MAX_STRETCHES = 256
+"""Sequences that llama.cpp keeps at a time."""
+
+_FLAG_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: nodes without it are left out
+_ABORTED = 2
+_TYPE_F32 = 0
+# Layers behind the last attention see only tokens whose logits are asked for. Not all: logits are large.
+_OUTPUT_EVERY = 4
+
+_Input = Callable[[str, NDArray[np.float32]], "NDArray[np.float32] | None"]
+
+
+class BatchModel(Model):
+    """A model that computes many stretches of text as one batch and shows the inputs of linear layers.
+
+    Args:
+        path: GGUF file that llama.cpp can run.
+        stretches, ctx: number of stretches, and tokens of each.
+        threads: that compute.
+        on_input: called with the name of each weight matrix that is multiplied and its inputs,
+            float32[n_tokens, n_in], valid until it returns. It returns float32[n_tokens, n_out], the result,
+            if `replaced`, else None.
+        names: of weight matrices to stop at.
+        replaced: whether on_input gives the results, so that llama.cpp need not compute them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stretches: int,
+        ctx: int,
+        threads: int,
+        names: Mapping[str, Any],
+        on_input: _Input,
+        replaced: bool = False,
+    ) -> None:
+        self._stretches, self._ctx = stretches, ctx
+        self._names = {name.encode(): name for name in names}
+        self._on_input, self._replaced = on_input, replaced
+        self._stopped = False
+        self._error: BaseException | None = None
+        super().__init__(path, ctx_size=stretches * ctx, threads=threads)
+
+    def run(self, tokens: NDArray[np.int32]) -> None:
+        """Computes int32[stretches, ctx], each row a text of its own, to the end or until stop() is called.
+
+        Raises:
+            SpikeQuantError: llama.cpp cannot compute it. Whatever on_input raised.
+        """
+        total = tokens.size
+        batch = self._batch
+        view = np.ctypeslib.as_array
+        view(batch.token, shape=(total,))[:] = tokens.reshape(-1)
+        view(batch.pos, shape=(total,))[:] = np.tile(np.arange(self._ctx), self._stretches)
+        view(batch.logits, shape=(total,))[:] = np.arange(total) % _OUTPUT_EVERY == _OUTPUT_EVERY - 1
+        for i in range(total):
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i // self._ctx
+        batch.n_tokens = total
+        status = self.api.llama_decode(self._context, batch)
+        if self._error is not None:
+            raise self._error
+        if status != 0 and not (status == _ABORTED and self._stopped):
+            raise SpikeQuantError(
+                f"{self.path}: llama.cpp could not compute {total} tokens at once (status {status})",
+                "calibrate on fewer chunks with --calibration-chunks",
+            )
+
+    def stop(self) -> None:
+        """Ends the run after the current layer."""
+        self._stopped = True
+
+    def _context_params(self) -> Any:
+        params = super()._context_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self._stretches * self._ctx
+        params.n_seq_max = self._stretches
+        params.n_outputs_max = max(self._stretches, self._stretches * self._ctx // _OUTPUT_EVERY)
+        params.kv_unified = False
+        fields = dict(type(params)._fields_)
+        # kept as attributes: llama.cpp calls them as long as the context lives
+        self._evaluated_callback = fields["cb_eval"](self._evaluated)
+        self._abort_callback = fields["abort_callback"](lambda _: self._stopped)
+        params.cb_eval, params.abort_callback = self._evaluated_callback, self._abort_callback
+        return params
+
+    def _make_batch(self) -> None:
+        self._batch = self.api.llama_batch_init(self._stretches * self._ctx, 0, 1)
+
+    def _evaluated(self, address: Any, ask: bool, _: Any) -> bool:
+        """ggml_backend_sched_eval_callback: asked before a node is computed, and told afterwards."""
+        if self._stopped:
+            return False
+        node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
+        if node.op != _mul_mat():
+            return not ask
+        name = self._names.get(TensorStruct.from_address(node.src[0]).name)
+        if name is None:
+            return not ask
+        if ask:
+            if self._replaced:
+                node.flags &= ~_FLAG_COMPUTE
+            return True
+        try:
+            if self._replaced:
+                node.flags |= _FLAG_COMPUTE
+            result = self._on_input(name, _values(TensorStruct.from_address(node.src[1])))
+            if self._replaced:
+                assert result is not None and result.flags.c_contiguous
+                ctypes.memmove(node.data, result.ctypes.data, result.nbytes)
+        except BaseException as error:  # ctypes would only print it
+            self._error = error
+            self.stop()
+        return True
+
+
+class Lockstep:
+    """A model and its twin. A context manager.
+
+    Args:
+        path, stretches, ctx, threads: as of BatchModel.
+        sites: the site of each weight matrix that is to be quantized.
+    """
+
+    def __init__(
+        self, path: Path, *, stretches: int, ctx: int, threads: int, sites: Mapping[str, Site]
+    ) -> None:
+        self._sites = sites
+        self._left = len(set(sites.values()))
+        self._met_by_source: set[Site] = set()
+        self._met_by_twin: set[Site] = set()
+        self._ready, self._go = threading.Semaphore(0), threading.Semaphore(0)
+        self._inputs: tuple[str, NDArray[np.float32]] | None = None
+        self._failure: BaseException | None = None
+        self._source = BatchModel(
+            path, stretches=stretches, ctx=ctx, threads=threads, names=sites, on_input=self._of_source
+        )
+        try:
+            self._twin = BatchModel(
+                path,
+                stretches=stretches,
+                ctx=ctx,
+                threads=threads,
+                names=sites,
+                on_input=self._of_twin,
+                replaced=True,
+            )
+        except BaseException:
+            self._source.close()
+            raise
+
+    def run(
+        self,
+        tokens: NDArray[np.int32],
+        on_site: Callable[[Site, NDArray[np.float32], NDArray[np.float32]], None],
+        product: Callable[[str, NDArray[np.float32]], NDArray[np.float32]],
+    ) -> None:
+        """Goes through all layers.
+
+        Args:
+            tokens: int32[stretches, ctx].
+            on_site: called once for each site, with the inputs of the source model and of the twin,
+                float32[n_tokens, n_in].
+            product: called for each weight matrix after its site, with the twin's inputs; returns
+                float32[n_tokens, n_out], with which the twin goes on.
+
+        Raises:
+            SpikeQuantError: as BatchModel.run. Whatever the functions raise.
+        """
+        self._on_site, self._product = on_site, product
+        thread = threading.Thread(target=self._run_source, args=(tokens,), daemon=True)
+        thread.start()
+        self._ready.acquire()
+        try:
+            self._twin.run(tokens)
+        finally:
+            self._source.stop()
+            self._go.release()
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._twin.close()
+        self._source.close()
+
+    def __enter__(self) -> Lockstep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The two take turns: while one computes, the other waits, so that both can use all threads.
+
+    def _run_source(self, tokens: NDArray[np.int32]) -> None:
+        try:
+            self._source.run(tokens)
+        except BaseException as error:
+            self._failure = error
+        self._inputs = None
+        self._ready.release()
+
+    def _of_source(self, name: str, x: NDArray[np.float32]) -> None:
+        site = self._sites[name]
+        if site not in self._met_by_source:
+            self._met_by_source.add(site)
+            self._inputs = (name, x)
+            self._ready.release()
+            self._go.acquire()
+
+    def _of_twin(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        site = self._sites[name]
+        if site in self._met_by_twin:
+            return self._product(name, x)
+        self._met_by_twin.add(site)
+        if self._inputs is None or self._inputs[0] != name or self._inputs[1].shape != x.shape:
+            raise self._failure or SpikeQuantError(
+                f"tensor '{name}': two runs of the model do not use it alike",
+                "report this, or convert with --no-calibration",
+            )
+        self._on_site(site, self._inputs[1], x)
+        self._left -= 1
+        if self._left:
+            self._go.release()
+            self._ready.acquire()
+            return self._product(name, x)
+        # Nothing after the last site matters. Its own products do not, either.
+        self._twin.stop()
+        return np.zeros((0, 0), np.float32)
+
+
+def calibration_stretches(
+    model: Model, text: bytes, name: str, ctx: int, stretches: int
+) -> NDArray[np.int32]:
+    """int32[n, ctx]: n <= `stretches` pieces of a text, spread over it, BOS first if the model wants one.
+
+    Raises:
+        InputError: the text has less than one of them.
+    """
+    tokens = model.tokenize(text)
+    found = len(tokens) // ctx
+    if found == 0:
+        raise InputError(
+            f"the calibration text '{name}' has only {len(tokens)} tokens, less than one context of {ctx}",
+            "give a longer text with --calibration",
+        )
+    n = min(stretches, found)
+    chosen = np.stack([tokens[(i * found // n) * ctx :][:ctx] for i in range(n)]).astype(np.int32)
+    if model.bos is not None:
+        chosen[:, 0] = model.bos
+    return chosen
+
+
+@cache
+def _mul_mat() -> int:
+    """GGML_OP_MUL_MAT of the installed ggml."""
+    base = load().base
+    bind(base, {"ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,))})
+    return next(op for op in range(256) if base.ggml_op_name(op) == b"MUL_MAT")
+
+
+def _values(x: TensorStruct) -> NDArray[np.float32]:
+    """The data of a tensor as float32[rows, n], a view unless its rows lie scattered."""
+    if x.type != _TYPE_F32:
+        raise SpikeQuantError("inputs of a linear layer are not floats", "convert with --no-calibration")
+    size = x.ne[0]
+    extent = x.nb[3] * x.ne[3]
+    raw = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(x.data))
+    strided = np.lib.stride_tricks.as_strided(
+        raw.view(np.float32),
+        shape=(x.ne[3], x.ne[2], x.ne[1], size),
+        strides=(x.nb[3], x.nb[2], x.nb[1], x.nb[0]),
+        writeable=False,
+    )
+    return np.ascontiguousarray(strided).reshape(-1, size)
