@@ -127,7 +127,8 @@ def test_metadata(model, tmp_path):
             f.KEY_CALIBRATION,
         ),
         *(f.KEY_SOURCE, f.KEY_SOURCE_SHA256, f.KEY_COMMAND, f.KEY_STATISTICS_TENSORS),
-        *(f.KEY_STATISTICS_SALIENT_WEIGHT_SHARE, f.KEY_STATISTICS_RELATIVE_ERROR),
+        *(f.KEY_STATISTICS_SALIENT_WEIGHT_SHARE, f.KEY_STATISTICS_SALIENT_INPUT_SHARE),
+        f.KEY_STATISTICS_RELATIVE_ERROR,
     }
     metadata = header.metadata
     assert metadata["general.file_type"] == f.FTYPE_SPK4 and metadata["general.quantization_version"] == 2
