@@ -19,7 +19,7 @@ _LONGEST = 1000
 class SpikeQuantError(Exception):
     """Base of all errors that this package raises on purpose.
 
-    Names in the message may come from a hostile file: lines are joined, what a terminal would obey is escaped,
+    Names in the message may come from a hostile file: lines are joined, what a terminal obeys is escaped,
     and what is too long is shortened.
 
     Attributes:

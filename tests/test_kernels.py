@@ -33,7 +33,10 @@ class _Kernels(ctypes.Structure):
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
-        ("integrate_ahead", ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+        (
+            "integrate_ahead",
+            ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+        ),
         ("prompt", c_void_p),
     ]
 
