@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..converter.checkpoint import checkpoint_to_gguf, download, hub_id, open_checkpoint
-from ..converter.moments import calibration_chunks
+from ..converter.lockstep import calibration_stretches
 from ..converter.workspace import workspace
 from ..errors import InputError, UnsupportedError
 from ..evaluation import DEFAULT_CTX, Chunk, Model, plan_chunks, text_tokens
@@ -301,7 +301,7 @@ def _tokens(
         raise InputError("the numbers of chunks must be positive", "correct the arguments")
     with Model(path, ctx_size=ctx) as model:
         plan = plan_chunks(text_tokens(model, text.data, text.name, ctx), ctx, chunks, model.bos)
-        parts = calibration_chunks(model, calibration.data, calibration.name, ctx, calibration_chunk_count)
+        parts = calibration_stretches(model, calibration.data, calibration.name, ctx, calibration_chunk_count)
     return plan, parts
 
 
