@@ -109,7 +109,8 @@ def _libfuzzer(target: Path, seed: int, seconds: float) -> bool:
 
 def _python(script: str, seed: int, seconds: float) -> bool:
     command = [sys.executable, ROOT / "tests" / "fuzz" / script, str(seed), str(10**9), str(seconds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER / "crashes")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # the current folder is another one there
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER / "crashes", env=environment)
     files = json.loads(done.stdout)["files"] if done.returncode == 0 else 0
     _report(script, seed, files, done.returncode == 0)
     return done.returncode == 0
