@@ -33,7 +33,7 @@ class _Kernels(ctypes.Structure):
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
-        ("integrate_ahead", ctypes.CFUNCTYPE(None, *(c_void_p,) * 5)),
+        ("integrate_ahead", ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
         ("prompt", c_void_p),
     ]
 
@@ -96,7 +96,8 @@ class Train:
                 if ahead:
                     offsets = np.zeros(self.max_spikes, np.uint32)
                     requests = _Ahead(lines.ctypes.data, offsets.ctypes.data, 0, 3 << 14)
-                    kernels(name).integrate_ahead(*arguments, ctypes.byref(requests))
+                    where, *rest = arguments
+                    kernels(name).integrate_ahead(where, 1, *rest, 0, ctypes.byref(requests))
                 else:
                     kernels(name).integrate(*arguments)
         return result

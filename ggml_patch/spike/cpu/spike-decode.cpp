@@ -4,6 +4,7 @@
 // order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
 // inputs are left out. So the work of a thread is a sequence of stages (each chunk of inputs, then the salient weights), and
 // while a stage computes, the lines of the next one are requested, one for every so many places of its spike lists.
+#include "spike-encoding.h"
 #include "spike-tiles.h"
 
 #include <algorithm>
@@ -48,6 +49,49 @@ void prefetch(const uint8_t * line) {
 void touch(const uint8_t * line) {
     (void) *(const volatile uint8_t *) line;
 }
+
+// The share of a matrix's tiles that a thread has.
+struct share {
+    int64_t first_tile, end_tile;
+
+    share(const spike_layout & layout, const ggml_compute_params * params) :
+        first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
+};
+
+// The lines that a thread will need first in its next product: those of a chunk of inputs, of which nobody knows yet which
+// will fire. They come while the salient weights of this product are added, and stay in the cache until then.
+class next_product {
+  public:
+    next_product(const ggml_tensor * op, const ggml_compute_params * params) {
+        if (op == nullptr) {
+            return;
+        }
+        const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
+        const share own(layout, params);
+        if (own.first_tile >= own.end_tile) {
+            return;
+        }
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, (const uint8_t *) op->src[0]->data, own.first_tile);
+        line   = lines.first;
+        stride = lines.stride;
+        width  = std::min(own.end_tile - own.first_tile, SPIKE_STRIP_TILES - own.first_tile % SPIKE_STRIP_TILES);
+        n      = spike_chunk_start(layout.n_inputs, spike_chunks(layout.n_inputs, DECODE_CHUNK_BLOCKS), 1);
+    }
+
+    // Requests as much as is due when such a share of the work is done.
+    void request(int64_t done, int64_t of) {
+        for (; next < n*done/of; next++) {
+            for (int64_t t = 0; t < width; t++) {
+                prefetch(line + (size_t) next*stride + t*SPIKE_LINE_BYTES);
+            }
+        }
+    }
+
+  private:
+    const uint8_t * line   = nullptr;
+    size_t          stride = 0;
+    int64_t         width = 0, n = 0, next = 0; // tiles, inputs
+};
 
 // The stages of a thread's share of a matrix, and the lines that they read.
 class stage_list {
@@ -157,19 +201,18 @@ class stage_list {
 
 void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_tile_lines & lines, int64_t n_tiles,
                      decode_scratch & s, spike_ahead * ahead) {
-    for (int64_t t = 0; t < n_tiles; t++) {
-        for (int k = 0; k < SPIKE_CLASSES; k++) {
-            const spike_program * program = spike_train_program(train, k, chunk);
-            if (program->n_steps == 0) {
-                continue;
-            }
-            const uint8_t * first     = lines.first + t*SPIKE_LINE_BYTES;
-            int32_t *       potential = s.potential + (t*SPIKE_CLASSES + k)*SPIKE_TILE_ROWS;
-            if (ahead) {
-                kernels->integrate_ahead(first, program, s.offsets, potential, ahead);
-            } else {
-                kernels->integrate(first, program, s.offsets, potential);
-            }
+    for (int k = 0; k < SPIKE_CLASSES; k++) {
+        const spike_program * program = spike_train_program(train, k, chunk);
+        if (program->n_steps == 0) {
+            continue;
+        }
+        int32_t * potential = s.potential + k*SPIKE_TILE_ROWS;
+        if (ahead) {
+            kernels->integrate_ahead(lines.first, n_tiles, program, s.offsets, potential, SPIKE_CLASSES*SPIKE_TILE_ROWS, ahead);
+            continue;
+        }
+        for (int64_t t = 0; t < n_tiles; t++) {
+            kernels->integrate(lines.first + t*SPIKE_LINE_BYTES, program, s.offsets, potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         }
     }
 }
@@ -179,8 +222,9 @@ uint32_t places_of_chunk(const spike_train * train, int64_t chunk) {
 }
 
 // A share of a matrix's tiles for one token.
-void compute_tiles(const spike_layout & layout, const uint8_t * packed, const spike_train * train, float * output, int64_t first_tile, int64_t end_tile,
-                   decode_scratch & s) {
+void compute_tiles(const spike_layout & layout, const uint8_t * packed, const spike_train * train, float * output, const share & own,
+                   next_product * after, decode_scratch & s) {
+    const int64_t first_tile = own.first_tile, end_tile = own.end_tile;
     if (first_tile >= end_tile) {
         return;
     }
@@ -217,9 +261,12 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
             for (int k = 0; k < SPIKE_CLASSES; k++) {
                 add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
             }
-            read_out(1, &train, &output, layout, packed, tile0 + t, potential);
+            read_out(train, output, layout, packed, tile0 + t, potential);
             if (requests) {
                 stages.request(t + 1, n_tiles);
+            }
+            if (after && tile0 + n_tiles == end_tile) {
+                after->request(t + 1, n_tiles);
             }
         }
     }
@@ -235,13 +282,14 @@ void compute_single_tokens(const ggml_compute_params * params, const product & p
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
+    const share own(layout, params); // of every matrix, the same for each token
+    next_product after(w.own_encoding ? next_single_token_product() : nullptr, params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
-        const job own = product.get_job(j);
-        for (int64_t t = 0; t < own.n_tokens; t++) {
+        const job work_of = product.get_job(j);
+        for (int64_t t = 0; t < work_of.n_tokens; t++) {
             const token tok = product.get_token(j, t);
-            // every thread has its share of every matrix, the same for each token
-            compute_tiles(layout, (const uint8_t *) own.matrix, (const spike_train *) (trains + (size_t) tok.column*w.train_size), tok.output,
-                          params->ith*layout.n_tiles/params->nth, (params->ith + 1)*layout.n_tiles/params->nth, scratch);
+            const spike_train * train = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
+            compute_tiles(layout, (const uint8_t *) work_of.matrix, train, tok.output, own, w.own_encoding ? &after : nullptr, scratch);
         }
     }
 }

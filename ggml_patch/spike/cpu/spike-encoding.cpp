@@ -10,6 +10,7 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <algorithm>
 #include <cstring>
 
 namespace spike {
@@ -159,6 +160,22 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
 }
 
 } // namespace
+
+const ggml_tensor * next_single_token_product() {
+    constexpr int FAR = 48; // nodes: past the attention of a layer
+    if (!position.graph) {
+        return nullptr;
+    }
+    const int end = std::min(position.graph->n_nodes, position.node + 1 + FAR);
+    for (int n = position.node + 1; n < end; n++) {
+        const ggml_tensor * op = position.graph->nodes[n];
+        if (computes(op)) {
+            const bool fits = op->op == GGML_OP_MUL_MAT && ggml_nrows(op->src[1]) == 1 && form_of(op->src[0]) == weight_form::tiles;
+            return fits ? op : nullptr;
+        }
+    }
+    return nullptr;
+}
 
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
     constexpr int64_t MOST = 8;

@@ -10,6 +10,9 @@ namespace spike {
 // thread finds the same, for it depends on the graph alone.
 bool is_encoded(const ggml_tensor * op);
 
+// The next product of one token with repacked weights that the calling thread will come to in its graph, or nullptr.
+const ggml_tensor * next_single_token_product();
+
 // Each thread encodes a contiguous range of src1's rows, in groups of eight where there are many, or the only row for itself.
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w);
 

@@ -32,10 +32,11 @@ typedef struct {
     // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
 
-    // integrate, and for every place in the program's lists (see spike_program_places) a prefetch into the second-level
-    // cache, of a line that a later program needs. NULL: there is only integrate.
-    void (*integrate_ahead)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                            int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead);
+    // integrate for neighbouring tiles of a strip, and for every place in the program's lists and every tile (see
+    // spike_program_places) a prefetch into the second-level cache, of a line that a later program needs. The potentials of
+    // tile t are at potential + t*potential_stride. NULL: there is only integrate.
+    void (*integrate_ahead)(const uint8_t * lines, int64_t n_tiles, const spike_program * program, const uint32_t * offsets,
+                            int32_t * potential, int64_t potential_stride, spike_ahead * ahead);
 
     const spike_prompt_kernels * prompt; // for many tokens
 } spike_kernels;

@@ -3,6 +3,7 @@
 #include "spike-potentials.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace spike {
 
@@ -25,27 +26,34 @@ void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled) 
     }
 }
 
-void read_out(int64_t n_tokens, const spike_train * const * trains, float * const * outputs, const spike_layout & layout,
-              const uint8_t * packed, int64_t tile, const int32_t * potential) {
+namespace {
+
+// As spike_threshold_from_header, without a branch: repacked headers are finite.
+float finite_threshold(uint16_t header) {
+    const uint32_t significant = header & 0x7FF0u;
+    const uint32_t bits        = (significant << 13) + (112u << 23);
+    float normal;
+    memcpy(&normal, &bits, sizeof(normal));
+    const float subnormal = (float) (int32_t) significant * 5.9604644775390625e-8f; // 2^-24
+    return significant < 0x400u ? subnormal : normal;
+}
+
+} // namespace
+
+void read_out(const spike_train * train, float * output, const spike_layout & layout, const uint8_t * packed, int64_t tile, const int32_t * potential) {
     const int64_t    row0    = tile*SPIKE_TILE_ROWS;
     const int64_t    n_rows  = std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - row0);
-    const uint16_t * headers = spike_headers(&layout, packed) + row0;
-    float   threshold[SPIKE_TILE_ROWS];
-    int32_t offset[SPIKE_TILE_ROWS];
-    for (int64_t r = 0; r < n_rows; r++) {
-        threshold[r] = spike_threshold_from_header(headers[r]);
-        offset[r]    = (headers[r] & SPK4_ZERO_POINT) - 8;
+    const uint16_t * headers = spike_headers(&layout, packed) + row0; // of whole tiles
+    const int32_t *  fine    = potential;
+    const int32_t *  coarse  = potential + SPIKE_TILE_ROWS;
+    const float      step = train->threshold, unit = train->coarse_unit;
+    const int32_t    fine_sum = train->sum[0], coarse_sum = train->sum[1];
+    float read[SPIKE_TILE_ROWS];
+    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+        const int32_t offset = (headers[r] & SPK4_ZERO_POINT) - 8;
+        read[r] = spike_readout(finite_threshold(headers[r]), step, fine[r] - offset*fine_sum, coarse[r] - offset*coarse_sum, unit);
     }
-    for (int64_t t = 0; t < n_tokens; t++) {
-        const spike_train * train  = trains[t];
-        const int32_t *     fine   = potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
-        const int32_t *     coarse = fine + SPIKE_TILE_ROWS;
-        float *             output = outputs[t] + row0;
-        for (int64_t r = 0; r < n_rows; r++) {
-            output[r] = spike_readout(threshold[r], train->threshold, fine[r] - offset[r]*train->sum[0],
-                                      coarse[r] - offset[r]*train->sum[1], train->coarse_unit);
-        }
-    }
+    memcpy(output + row0, read, (size_t) n_rows*sizeof(float));
 }
 
 } // namespace spike

@@ -41,8 +41,7 @@ void add_salient_of_token(const uint8_t * salients, const spike_layout & layout,
 // Offsets of the lines that fire where the lines of several tiles are interleaved.
 void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled);
 
-// Potentials [token][class][row] of a tile to outputs. Kernels count every code from 8; the row's own zero-point makes up for the difference.
-void read_out(int64_t n_tokens, const spike_train * const * trains, float * const * outputs, const spike_layout & layout,
-              const uint8_t * packed, int64_t tile, const int32_t * potential);
+// Potentials [class][row] of a tile to outputs. Kernels count every code from 8; the row's own zero-point makes up for the difference.
+void read_out(const spike_train * train, float * output, const spike_layout & layout, const uint8_t * packed, int64_t tile, const int32_t * potential);
 
 } // namespace spike

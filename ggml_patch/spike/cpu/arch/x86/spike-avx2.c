@@ -16,6 +16,8 @@ typedef struct {
 
 // The compiler would reorder the chain of additions and then run out of registers.
 #define KEEP_ORDER(a, b, c, d) __asm__("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d))
+// It would also make one product of a loop's steps.
+#define KEEP_SUM(a) __asm__("" : "+r"(a))
 
 static inline __attribute__((always_inline)) __m256i add16(__m256i a, __m256i b, int negative) {
     return negative ? _mm256_sub_epi16(a, b) : _mm256_add_epi16(a, b);
@@ -50,6 +52,7 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 if (ahead) {
                     _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
                     ahead->position += ahead->step;
+                    KEEP_SUM(ahead->position);
                 }
             }
             offsets += SPIKE_LIST_UNIT;
@@ -115,10 +118,15 @@ static void integrate(const uint8_t * lines, const spike_program * program, cons
     run_program(lines, program, offsets, potential, NULL);
 }
 
-__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                     int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int64_t n_tiles, const spike_program * program,
+                                                     const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
+                                                     spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
-    run_program(lines, program, offsets, potential, &own);
+    for (; n_tiles > 0; n_tiles--) {
+        run_program(lines, program, offsets, potential, &own);
+        lines     += SPIKE_LINE_BYTES;
+        potential += potential_stride;
+    }
     ahead->position = own.position;
 }
 

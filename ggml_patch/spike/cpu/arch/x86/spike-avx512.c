@@ -9,38 +9,48 @@ typedef struct {
 } lanes;
 
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
+// It would also make one product of a loop's steps.
+#define KEEP_SUM(a) __asm__("" : "+r"(a))
 
 static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b, int negative) {
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
 }
 
-static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
-                                                                       lanes * current, int negative, spike_ahead * ahead) {
+// Lines of one tile or of two neighbours, which share what it costs to walk the list. With ahead NULL, known when this is
+// compiled, nothing is prefetched.
+static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, int n_tiles, const uint32_t * offsets, int n,
+                                                                       lanes current[2], int negative, spike_ahead * ahead) {
     const __m512i nibble = _mm512_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
         n -= group;
-        __m512i low = _mm512_setzero_si512(), high = low;
+        __m512i low[2], high[2];
+        low[0] = low[1] = high[0] = high[1] = _mm512_setzero_si512();
         do {
             for (int e = 0; e < SPIKE_LIST_UNIT; e++) {
-                const __m512i y = _mm512_loadu_si512(lines + offsets[e]);
-                low  = _mm512_add_epi8(low, _mm512_and_si512(y, nibble));
-                high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
-                KEEP_ORDER(low, high);
-                if (ahead) {
-                    _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
-                    ahead->position += ahead->step;
+                for (int t = 0; t < n_tiles; t++) {
+                    const __m512i y = _mm512_loadu_si512(lines + offsets[e] + t*SPIKE_LINE_BYTES);
+                    low[t]  = _mm512_add_epi8(low[t], _mm512_and_si512(y, nibble));
+                    high[t] = _mm512_add_epi16(high[t], _mm512_srli_epi16(y, 4));
+                    KEEP_ORDER(low[t], high[t]);
+                    if (ahead) {
+                        _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
+                        ahead->position += ahead->step;
+                        KEEP_SUM(ahead->position);
+                    }
                 }
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
         } while (group > 0);
-        const __m512i low_odd  = _mm512_srli_epi16(low, 8);
-        const __m512i high_own = _mm512_sub_epi16(high, _mm512_slli_epi16(low_odd, 4));
-        current->low_even  = add16(current->low_even,  low, negative);
-        current->low_odd   = add16(current->low_odd,   low_odd, negative);
-        current->high_even = add16(current->high_even, high_own, negative);
-        current->high_odd  = add16(current->high_odd,  _mm512_srli_epi16(high_own, 8), negative);
+        for (int t = 0; t < n_tiles; t++) {
+            const __m512i low_odd  = _mm512_srli_epi16(low[t], 8);
+            const __m512i high_own = _mm512_sub_epi16(high[t], _mm512_slli_epi16(low_odd, 4));
+            current[t].low_even  = add16(current[t].low_even,  low[t], negative);
+            current[t].low_odd   = add16(current[t].low_odd,   low_odd, negative);
+            current[t].high_even = add16(current[t].high_even, high_own, negative);
+            current[t].high_odd  = add16(current[t].high_odd,  _mm512_srli_epi16(high_own, 8), negative);
+        }
     }
     return offsets;
 }
@@ -63,59 +73,66 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
 }
 
-// With ahead NULL, known when this is compiled, nothing is prefetched.
-static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program,
-                                                              const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
+static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, int n_tiles, const spike_program * program,
+                                                              const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
                                                               spike_ahead * ahead) {
     const __m512i zero = _mm512_setzero_si512();
     const lanes silent = { zero, zero, zero, zero };
-    lanes current = silent, sum = silent;
+    lanes current[2] = { silent, silent }, sum[2] = { silent, silent };
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead);
-        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead);
-        sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
-        sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
-        sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
-        sum.high_odd  = _mm512_add_epi16(sum.high_odd,  current.high_odd);
-        if (step->spill) {
-            const __m512i correction = _mm512_set1_epi16(step->correction);
-            spill64(sum.low_even,  sum.low_odd,  correction, potential);
-            spill64(sum.high_even, sum.high_odd, correction, potential + 64);
-            sum = silent;
+        offsets = add_list(lines, n_tiles, offsets, step->n_positive, current, 0, ahead);
+        offsets = add_list(lines, n_tiles, offsets, step->n_negative, current, 1, ahead);
+        const __m512i correction = _mm512_set1_epi16(step->correction);
+        for (int t = 0; t < n_tiles; t++) {
+            sum[t].low_even  = _mm512_add_epi16(sum[t].low_even,  current[t].low_even);
+            sum[t].low_odd   = _mm512_add_epi16(sum[t].low_odd,   current[t].low_odd);
+            sum[t].high_even = _mm512_add_epi16(sum[t].high_even, current[t].high_even);
+            sum[t].high_odd  = _mm512_add_epi16(sum[t].high_odd,  current[t].high_odd);
+            if (step->spill) {
+                spill64(sum[t].low_even,  sum[t].low_odd,  correction, potential + t*potential_stride);
+                spill64(sum[t].high_even, sum[t].high_odd, correction, potential + t*potential_stride + 64);
+                sum[t] = silent;
+            }
         }
     }
 }
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, program, offsets, potential, NULL);
+    run_program(lines, 1, program, offsets, potential, 0, NULL);
 }
 
-__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                     int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+__attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int64_t n_tiles, const spike_program * program,
+                                                     const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
+                                                     spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
-    run_program(lines, program, offsets, potential, &own);
+    for (; n_tiles >= 2; n_tiles -= 2) {
+        run_program(lines, 2, program, offsets, potential, potential_stride, &own);
+        lines     += 2*SPIKE_LINE_BYTES;
+        potential += 2*potential_stride;
+    }
+    if (n_tiles > 0) {
+        run_program(lines, 1, program, offsets, potential, 0, &own);
+    }
     ahead->position = own.position;
 }
 
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
     enum { BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE) };
-    const __m512i bit6 = _mm512_set1_epi8(0x40), bit7 = _mm512_set1_epi8((char) 0x80);
     memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
     for (int64_t b0 = 0; b0 < n_blocks; b0 += BLOCKS_PER_BYTE_SUM) {
         const int64_t b1 = b0 + BLOCKS_PER_BYTE_SUM < n_blocks ? b0 + BLOCKS_PER_BYTE_SUM : n_blocks;
         __m512i bytes[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
         for (int64_t b = b0; b < b1; b++) {
-            const __m512i table = _mm512_loadu_si512(values + b*QK_SPK);
+            const __m512i plus  = _mm512_loadu_si512(values + b*QK_SPK);
+            const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 for (int v = 0; v < 2; v++) {
-                    const __m512i   salient = _mm512_loadu_si512(salients + 64*v);
-                    const __mmask64 six = _mm512_test_epi8_mask(salient, bit6), seven = _mm512_test_epi8_mask(salient, bit7);
-                    const __m512i   value = _mm512_permutexvar_epi8(salient, table); // by the low six bits
-                    bytes[v] = _mm512_mask_add_epi8(bytes[v], six & ~seven, bytes[v], value);
-                    bytes[v] = _mm512_mask_sub_epi8(bytes[v], seven & ~six, bytes[v], value);
+                    // bits 7-6 become 10 to add, 11 to subtract, and 01 or 00 for no weight or an invalid one
+                    const __m512i salient = _mm512_add_epi8(_mm512_loadu_si512(salients + 64*v), _mm512_set1_epi8(0x40));
+                    bytes[v] = _mm512_add_epi8(bytes[v], _mm512_maskz_permutex2var_epi8(_mm512_movepi8_mask(salient), plus, salient, minus));
                 }
                 salients += SPIKE_TILE_ROWS;
             }
