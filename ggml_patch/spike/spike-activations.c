@@ -187,8 +187,8 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     }
     int32_t top_bits = 0;
     for (int64_t i = 0; i < n; i++) {
-        keys[i]  = magnitude_bits(v[i]); // of floats without sign the bits sort as the values do
-        top_bits = keys[i] > top_bits ? keys[i] : top_bits;
+        const int32_t bits = magnitude_bits(v[i]); // of floats without sign the bits sort as the values do
+        top_bits = bits > top_bits ? bits : top_bits;
     }
     if (largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
         encode_nothing(y, pack ? n_blocks : 1, params, quiet_nan());
@@ -197,7 +197,14 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
         }
         return;
     }
-    const int32_t mad_bits = select_median(v, keys, n);
+    const spike_wide_encoder * wide = spike_wide_encoder_avx512();
+    int32_t mad_bits = wide ? wide->median_of_magnitudes(v, n, keys) : -1;
+    if (mad_bits < 0) {
+        for (int64_t i = 0; i < n; i++) {
+            keys[i] = magnitude_bits(v[i]);
+        }
+        mad_bits = select_median(v, keys, n);
+    }
     float mad, top;
     memcpy(&mad, &mad_bits, sizeof(mad));
     memcpy(&top, &top_bits, sizeof(top));
@@ -221,10 +228,9 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     const float hi = (float) (15 - params->zero_point);
     const float silence = params->silence;
     const int32_t zero_point = params->zero_point;
-    const spike_code_function code_values = pack ? NULL : spike_codes_avx512();
-    if (code_values) {
+    if (wide && !pack) {
         const spike_coding coding = { inverse, coarser, coarse_unit, lo, hi, silence };
-        const bool any = code_values(v, n, &coding, values, values + n);
+        const bool any = wide->code_values(v, n, &coding, values, values + n);
         encode_nothing(y, 1, params, step);
         y->salient_shift = (uint8_t) (any ? shift : 0);
         return;
