@@ -127,7 +127,7 @@ def test_specification_names_every_metadata_key_and_limit():
     )
     text = text.replace("`.command`", "`spikequant.command`")
     keys = [getattr(format, name) for name in format.__all__ if name.startswith("KEY_")]
-    assert len(keys) == 14
+    assert len(keys) == 15
     assert [key for key in keys if f"`{key}`" not in text] == []
     assert f"{format.MAX_INPUTS:,}" in SPEC
 

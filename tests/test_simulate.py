@@ -175,7 +175,8 @@ def test_every_layer_of_a_model_computes_what_the_runtime_does(spike_file):
             continue
         rows = data[tensor.offset : tensor.offset + tensor.n_bytes].reshape(tensor.n_rows, -1)
         x, y = seen[tensor.name]
-        runtime = mul_mat(TYPE_SPK4, rows, x.numpy())
+        settings = simulated[tensor.name].encoder.settings
+        runtime = mul_mat(TYPE_SPK4, rows, x.numpy(), salience=settings.salience, silence=settings.silence)
         bias = simulated[tensor.name].bias
         if bias is not None:
             assert np.array_equal(y.numpy(), runtime + bias.numpy())

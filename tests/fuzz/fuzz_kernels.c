@@ -30,7 +30,7 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
             const spike_program * program = spike_train_program(train, k, c);
             if (kernel->integrate_ahead && (c & 1)) {
                 spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 1) };
-                kernel->integrate_ahead(lines.first, program, scaled, own, &ahead);
+                kernel->integrate_ahead(lines.first, 1, program, scaled, own, 0, &ahead);
             } else {
                 kernel->integrate(lines.first, program, scaled, own);
             }

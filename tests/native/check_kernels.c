@@ -54,7 +54,7 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
             if (kernels->integrate_ahead && !gathered) { // a prefetch of the same lines changes nothing
-                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 1) };
+                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 2) }; // three tiles, one list
                 // with the neighbours on both sides, as far as the strip has any
                 const int64_t before = tile % SPIKE_STRIP_TILES > 0, width = (int64_t) (lines.stride/SPIKE_LINE_BYTES);
                 const int64_t after  = tile % SPIKE_STRIP_TILES + 1 < width;

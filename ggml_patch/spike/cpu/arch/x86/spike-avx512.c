@@ -85,16 +85,18 @@ static inline __attribute__((always_inline)) void run_program(const uint8_t * li
         offsets = add_list(lines, n_tiles, offsets, step->n_positive, current, 0, ahead);
         offsets = add_list(lines, n_tiles, offsets, step->n_negative, current, 1, ahead);
         const __m512i correction = _mm512_set1_epi16(step->correction);
+        int32_t * target = potential;
         for (int t = 0; t < n_tiles; t++) {
             sum[t].low_even  = _mm512_add_epi16(sum[t].low_even,  current[t].low_even);
             sum[t].low_odd   = _mm512_add_epi16(sum[t].low_odd,   current[t].low_odd);
             sum[t].high_even = _mm512_add_epi16(sum[t].high_even, current[t].high_even);
             sum[t].high_odd  = _mm512_add_epi16(sum[t].high_odd,  current[t].high_odd);
             if (step->spill) {
-                spill64(sum[t].low_even,  sum[t].low_odd,  correction, potential + t*potential_stride);
-                spill64(sum[t].high_even, sum[t].high_odd, correction, potential + t*potential_stride + 64);
+                spill64(sum[t].low_even,  sum[t].low_odd,  correction, target);
+                spill64(sum[t].high_even, sum[t].high_odd, correction, target + 64);
                 sum[t] = silent;
             }
+            target += potential_stride;
         }
     }
 }
