@@ -126,6 +126,7 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
         run_program(lines, program, offsets, potential, &own);
         lines     += SPIKE_LINE_BYTES;
         potential += potential_stride;
+        KEEP_SUM(potential);
     }
     ahead->position = own.position;
 }

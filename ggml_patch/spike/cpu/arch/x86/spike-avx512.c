@@ -114,6 +114,7 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
         run_program(lines, 2, program, offsets, potential, potential_stride, &own);
         lines     += 2*SPIKE_LINE_BYTES;
         potential += 2*potential_stride;
+        KEEP_SUM(potential);
     }
     if (n_tiles > 0) {
         run_program(lines, 1, program, offsets, potential, 0, &own);
