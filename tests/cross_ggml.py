@@ -49,6 +49,8 @@ def build_for_aarch64(work: Path) -> Path:
         "CMAKE_MAKE_PROGRAM": str(find_build_program("ninja")),
         "BUILD_SHARED_LIBS": "OFF",
         "GGML_NATIVE": "OFF",
+        "GGML_BUILD_TESTS": "OFF",
+        "GGML_BUILD_EXAMPLES": "OFF",
         "SPIKEQUANT_PIN": upstream.version,
         "SPIKEQUANT_PATCH_ID": patch_id(upstream),
     }
