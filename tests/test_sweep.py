@@ -142,7 +142,8 @@ def test_a_checkpoint_is_converted_first(tiny_model_f32, tiny_text, tmp_path):
     model.save_pretrained(folder)
     write_tokenizer(folder)
     out = tmp_path / "out"
-    process = command(folder, "-f", tiny_text, "--quick", "--what", "bits", "-c", CTX, "-o", out, "--json")
+    chosen = ("--quick", "--what", "bits", "-c", CTX, "-t", 1)
+    process = command(folder, "-f", tiny_text, *chosen, "-o", out, "--json")
     assert process.returncode == 0, process.stderr
     document = json.loads(process.stdout)
     assert document["reference"]["name"] == folder.name
