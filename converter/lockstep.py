@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.native import bind, load
 
 from .structure import Site
@@ -104,7 +105,11 @@ class BatchModel(Model):
         params = super()._context_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self._stretches * self._ctx
         params.n_seq_max = self._stretches
-        params.n_outputs_max = max(self._stretches, self._stretches * self._ctx // _OUTPUT_EVERY)
+        # A model without a cache, for embeddings, gives out every token.
+        header = read_header(self.path).metadata
+        causal = header.get(f"{header.get('general.architecture')}.attention.causal", True)
+        wanted = self._stretches * self._ctx // (_OUTPUT_EVERY if causal else 1)
+        params.n_outputs_max = max(self._stretches, wanted)
         params.kv_unified = False
         fields = dict(type(params)._fields_)
         # kept as attributes: llama.cpp calls them as long as the context lives

@@ -16,12 +16,12 @@ from tiny_model import some_text
 from spikequant_gguf import codec
 from spikequant_gguf.converter import ConvertOptions, convert
 from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
-from spikequant_gguf.converter.moments import MomentStore
 from spikequant_gguf.energy.counts import counting, read_counts, total
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4, blocks_to_bytes
 from spikequant_gguf.ggml_api import mul_mat
+from spikequant_gguf.probe import ProbedModel
 from spikequant_gguf.simulate import packages
 from spikequant_gguf.simulate.baselines import atom, round_to_nearest, spike_llm
 from spikequant_gguf.simulate.encoder import SpikeEncoder, encode, rotate
@@ -349,18 +349,19 @@ def test_rounding_on_a_given_grid():
 def test_moments_are_those_of_the_runtime(tiny_model_f32, tiny_text):
     names = [f"blk.0.{part}.weight" for part in ("attn_q", "attn_output", "ffn_gate", "ffn_down")]
     model = TorchModel(tiny_model_f32)
-    sizes = {name: model.layers[name].in_features for name in names}
-    text = read_text(tiny_text)
-    options = {"ctx": 64, "chunks": 3, "threads": 2, "budget": 1 << 30}
-    store = MomentStore(tiny_model_f32, sizes, text.data, text.name, report=lambda *_: None, **options)
-    with Model(tiny_model_f32, ctx_size=64) as runtime:
-        tokens = runtime.tokenize(text.data)[: 3 * 64].reshape(3, 64).copy()
+    with ProbedModel(tiny_model_f32, names, ctx_size=64) as runtime:
+        tokens = runtime.tokenize(tiny_text.read_bytes())[: 3 * 64].reshape(3, 64).copy()
         tokens[:, 0] = runtime.bos
+        for part in tokens:
+            for _ in runtime.logits(part, len(part) - 1):
+                pass
+        products = runtime.products
     found = collect_moments(model, names, list(tokens))
     for name in names:
-        expected = store.matrix(name)
+        x = np.concatenate([product.x for product in products if product.name == name]).astype(np.float64)
+        expected = x.T @ x / len(x)
+        assert len(x) == 3 * 64
         assert np.allclose(found[name].numpy(), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
-    store.close()
 
 
 # ---- baselines

@@ -302,7 +302,7 @@ def _tokens(
     with Model(path, ctx_size=ctx) as model:
         plan = plan_chunks(text_tokens(model, text.data, text.name, ctx), ctx, chunks, model.bos)
         parts = calibration_stretches(model, calibration.data, calibration.name, ctx, calibration_chunk_count)
-    return plan, parts
+    return plan, list(parts)
 
 
 # ---- points
