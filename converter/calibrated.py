@@ -241,6 +241,7 @@ class _LayerQuantizer:
             threads=self._threads,
             salience=settings.salience or 0.0,
             silence=settings.silence or 0.0,
+            library=self._library,
         ) as matmul:
             part = np.zeros((step, n_in), np.float32)
             for start in range(0, n_tokens, step):
