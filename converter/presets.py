@@ -54,7 +54,8 @@ class SiteEncoder:
 
 
 # How much the divergence of SmolLM2-135M falls for the same fall of the encoder's relative error, measured by
-# changing the threshold of one kind of site at a time.
+# changing the threshold of one kind of site at a time, on 8 chunks of the C4 evaluation text; so figures on
+# those chunks are not held out.
 _SENSITIVITY = {
     "attention input": 1.0,
     "attention output": 0.7,
