@@ -56,6 +56,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@cache
 def report_of(program: Path, architecture: str, kernel: str) -> dict[str, tuple[int, int, str]]:
     """What the program compared, by subject: number, how many were wrong, rest of the line."""
     command = [*target_of(architecture).run, program, kernel]
