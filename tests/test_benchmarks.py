@@ -270,3 +270,54 @@ def test_rounds_alternate_and_ratios_are_of_one_round(common: ModuleType) -> Non
     assert calls == ["a", "b", "b", "a"]
     assert measured == {"a": [1.0, 2.0], "b": [2.0, 8.0]}
     assert common.ratios(measured["b"], measured["a"]) == (0.375, 0.25, 0.5)
+
+
+# ---- alarm
+
+
+def speeds(path: Path, *ratios: float, spread: float = 0.01, cpu: str = "x") -> Path:
+    """A document of matmul.py with these ratios to Q4_0."""
+    rows = [
+        {"type": "spk4", "rows": 64, "inputs": 64, "tokens": 2**number, "threads": 1}
+        | {"ratio_q4_0": ratio, "ratio_q4_0_min": ratio - spread, "ratio_q4_0_max": ratio + spread}
+        for number, ratio in enumerate(ratios)
+    ]
+    rows.append(rows[0] | {"type": "q4_0", "ratio_q4_0": 1.0})
+    host = {"cpu": cpu, "kernel": "avx2"}
+    path.write_text(json.dumps({"benchmark": "matmul", "host": host, "rows": rows}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("after", "spread", "falling"),
+    [
+        ((2.0, 1.0, 1.5), 0.01, []),
+        ((1.92, 0.96, 1.6), 0.01, []),  # four per cent
+        ((1.8, 1.0, 1.5), 0.01, [0]),
+        ((1.8, 1.0, 1.5), 0.25, []),  # a round was as fast as before
+        ((1.88, 0.94, 1.41), 0.2, [3]),  # each may be chance, all of them together not
+        ((2.4, 0.5, 1.5), 0.01, [1, 3]),
+    ],
+)
+def test_alarm(tmp_path: Path, after: tuple[float, ...], spread: float, falling: list[int]) -> None:
+    before = speeds(tmp_path / "before.json", 2.0, 1.0, 1.5)
+    process = run_script("alarm", before, speeds(tmp_path / "after.json", *after, spread=spread), "--json")
+    rows = json.loads(process.stdout)["rows"]
+    assert len(rows) == 4 and rows[-1]["case"] == "geometric mean"
+    assert [number for number, row in enumerate(rows) if row["falls"]] == falling
+    assert process.returncode == bool(falling)
+    assert rows[0]["change"] == pytest.approx(after[0] / 2 - 1)
+
+
+def test_alarm_compares_only_what_can_be_compared(tmp_path: Path) -> None:
+    before = speeds(tmp_path / "before.json", 2.0)
+    for after, message in (
+        (speeds(tmp_path / "cpu.json", 2.0, cpu="y"), "differ in cpu: x and y"),
+        (speeds(tmp_path / "none.json", 1.0), None),
+        (tmp_path / "absent.json", "is not a document of a benchmark"),
+    ):
+        process = run_script("alarm", before, after)
+        if message is None:
+            assert process.returncode == 1 and "falls" in process.stdout  # half as fast
+        else:
+            assert process.returncode not in (0, 1) and message in process.stderr

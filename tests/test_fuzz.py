@@ -15,6 +15,7 @@ from native_build import build, host_architecture, target_of
 from spikequant_gguf.runtime import RuntimeInfo
 
 FOLDER = Path(__file__).parent / "fuzz"
+KEPT = FOLDER / "kept"
 INPUTS = {"fuzz_blocks": 100_000, "fuzz_encode": 20_000, "fuzz_kernels": 10_000, "fuzz_prompts": 10_000}
 
 
@@ -66,3 +67,25 @@ def test_any_bytes(targets: Path, name: str) -> None:
     done = subprocess.run([targets / name, "2026", str(INPUTS[name])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"inputs {INPUTS[name]} seed 2026\n"
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_kept_inputs(targets: Path, name: str) -> None:
+    """What fell over once, and what reached new code: tests/fuzz/kept.py."""
+    file = KEPT / f"{name}.txt"
+    number = len(file.read_text(encoding="utf-8").splitlines())
+    done = subprocess.run([targets / name, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert number > 0 and done.stdout == f"inputs {number}\n"
+
+
+def test_inputs_are_kept_once(tmp_path: Path) -> None:
+    crash, other = tmp_path / "crash-1", tmp_path / "crash-2"
+    crash.write_bytes(bytes(range(40)))
+    other.write_bytes(b"")
+    command = [sys.executable, FOLDER / "kept.py", "fuzz_x", "why", crash, other, crash]
+    folder = tmp_path / "kept"
+    for expected in ("2 of 3 added", "0 of 3 added"):
+        done = subprocess.run([*command, "--folder", folder], capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    assert (folder / "fuzz_x.txt").read_text() == f"{bytes(range(40)).hex()} # why\n # why\n"
