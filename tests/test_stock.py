@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,9 +79,19 @@ def test_stock_llama_cpp_reads_a_dequantized_spike_model(
     assert stock == patched
 
 
+_LOAD = "import sys, llama_cpp; llama_cpp.Llama(sys.argv[1])"
+
+
 def test_stock_llama_cpp_refuses_a_spike_model(
     runtime: RuntimeInfo, unpatched: Path, tiny_models: dict[str, Path]
 ):
-    child = run_child([tiny_models["spk4"]], unpatched)
+    child = subprocess.run(
+        [sys.executable, "-c", _LOAD, tiny_models["spk4"]],
+        env=os.environ | {"PYTHONPATH": str(unpatched)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert child.returncode == 1  # an exception of llama_cpp.Llama, no crash
     assert "Failed to load model" in child.stderr
+    assert re.search(r"tensor 'blk\S+' has invalid ggml type 90", child.stderr)
