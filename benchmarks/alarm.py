@@ -1,8 +1,8 @@
-"""Whether products or models became slower: two documents of matmul.py or end_to_end.py, before and after a change.
+"""Whether products or models became slower: two documents of a benchmark, before and after a change.
 
-Compared are ratios to Q4_0, which was measured in turns with the rest, so that a machine that is slower today raises no
-alarm. A row falls if its median is lower by more than the limit and no round came up to the median of before; all rows
-together fall if their geometric mean does. Exit status 1 if anything falls.
+Compared are ratios to Q4_0, which was measured in turns with the rest, so that a machine that is slower
+today raises no alarm. A row falls if its median is lower by more than the limit and no round came up to the
+median of before; all rows together fall if their geometric mean does. Exit status 1 if anything falls.
 
     python benchmarks/matmul.py --quick --results before      # then the change
     python benchmarks/matmul.py --quick --results after
