@@ -13,8 +13,10 @@
 namespace spike {
 namespace {
 
-constexpr uint32_t LEAD_LINES      = 1024; // requested beyond the next stage
-constexpr uint32_t MAX_STAGE_LINES = 8192; // further ones are left to the CPU's own prefetcher
+constexpr uint32_t LEAD_RUNS      = 512;   // requested beyond the next stage
+constexpr uint32_t MAX_STAGE_RUNS = 4096;  // further ones are left to the CPU's own prefetcher
+constexpr uint32_t MAX_RUNS       = 16384; // of a few stages
+static_assert(SPIKE_AHEAD_AGAIN + 4*MAX_STAGE_RUNS <= MAX_RUNS + MAX_STAGE_RUNS, "three stages are on the list at a time");
 
 // Tiles that a thread computes together: neighbours in a strip.
 struct tile_group {
@@ -25,14 +27,14 @@ struct tile_group {
 struct decode_scratch {
     int32_t *  potential; // [tile][class][row]
     uint32_t * offsets;   // [spike], of lines in a strip
-    uint32_t * ahead;     // lines to request, of three stages at most
+    uint32_t * ahead;     // runs of lines to request
     size_t     size;
 
     decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
         scratch_arrays arrays(memory);
         arrays.take(potential, SPIKE_STRIP_TILES*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
-        arrays.take(ahead, 3*(MAX_STAGE_LINES + SPIKE_STRIP_TILES));
+        arrays.take(ahead, MAX_RUNS + SPIKE_STRIP_TILES);
         size = arrays.size();
     }
 };
@@ -96,17 +98,23 @@ class next_product {
 // The stages of a thread's share of a matrix, and the lines that they read.
 class stage_list {
   public:
-    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, int64_t first_tile, int64_t end_tile, uint32_t * lines) :
-        layout(layout), packed(packed), train(train), end_tile(end_tile), lines(lines) {
+    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, int64_t first_tile, int64_t end_tile, uint32_t * runs) :
+        layout(layout), packed(packed), train(train), end_tile(end_tile), runs(runs) {
         next.first_tile = first_tile;
         next.n_tiles    = size_of_group(first_tile);
     }
 
     // Before the first stage: nothing computes yet that requests could be spread over.
     void start() {
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, next.first_tile);
+        for (uint32_t e = 0; e < SPIKE_AHEAD_AGAIN; e++) {
+            runs[e] = (uint32_t) (lines.first - packed);
+        }
+        begin = end = SPIKE_AHEAD_AGAIN;
         append_stage();
-        for (uint32_t e = 0; e < end; e++) {
-            touch(packed + lines[e]);
+        for (uint32_t e = begin; e < end; e++) {
+            touch(packed + runs[e]);
+            touch(packed + runs[e] + SPIKE_LINE_BYTES);
         }
         begin = end;
         append_stage();
@@ -114,23 +122,22 @@ class stage_list {
 
     // At the start of a stage that will visit so many places: what to request meanwhile.
     spike_ahead enter(uint32_t n_places) {
-        memmove(lines, lines + begin, (end - begin)*sizeof(*lines));
-        end -= begin;
-        begin = 0;
         const uint32_t needed = end; // the next stage's
+        make_room();
         append_stage();
-        target = std::min(needed + LEAD_LINES, end);
-        spike_ahead ahead = { packed, lines, 0, 0 };
+        target = std::min(needed - moved + LEAD_RUNS, end);
+        spike_ahead ahead = { packed, runs, begin << SPIKE_AHEAD_SHIFT, 0 };
         if (n_places > 0) {
-            ahead.step = (uint32_t) std::min<uint64_t>(((uint64_t) target << SPIKE_AHEAD_SHIFT)/n_places, 1 << SPIKE_AHEAD_SHIFT);
+            ahead.step = (uint32_t) std::min<uint64_t>(((uint64_t) (target - begin) << SPIKE_AHEAD_SHIFT)*SPIKE_AHEAD_LINES/n_places, 1 << SPIKE_AHEAD_SHIFT);
         }
         return ahead;
     }
 
     // Within a stage without places: requests as much as is due when such a share of it is done.
     void request(int64_t done, int64_t of) {
-        for (const uint32_t due = (uint32_t) (target*done/of); begin < due; begin++) {
-            prefetch(packed + lines[begin]);
+        for (const uint32_t due = begin + (uint32_t) ((target - begin)*done/of); begin < due; begin++) {
+            prefetch(packed + runs[begin]);
+            prefetch(packed + runs[begin] + SPIKE_LINE_BYTES);
         }
     }
 
@@ -146,6 +153,17 @@ class stage_list {
     }
 
   private:
+    // For another stage, behind the runs that are still to be requested, for the first time or again.
+    void make_room() {
+        moved = 0;
+        if (end + MAX_STAGE_RUNS > MAX_RUNS) {
+            moved = begin - SPIKE_AHEAD_AGAIN;
+            memmove(runs, runs + moved, (end - moved)*sizeof(*runs));
+            begin -= moved;
+            end   -= moved;
+        }
+    }
+
     void append_stage() {
         if (next.n_tiles <= 0) {
             return;
@@ -160,31 +178,36 @@ class stage_list {
         next_chunk       = 0;
     }
 
-    // The active lines of a chunk.
+    // The active lines of a chunk. Of an odd number of tiles the last two runs share a line; of a single one a run has
+    // a line that may not be needed.
     void append_chunk(int64_t chunk) {
         const spike_tile_lines first = spike_lines_of_tile(&layout, packed, next.first_tile);
         const uint32_t start  = (uint32_t) (first.first - packed);
         const uint32_t stride = (uint32_t) first.stride;
+        const uint32_t n_runs = (uint32_t) (next.n_tiles + 1)/2;
+        const uint32_t last   = next.n_tiles > 1 ? (uint32_t) (next.n_tiles - 2)*SPIKE_LINE_BYTES : 0;
         uint32_t n_active;
         const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk, &n_active);
-        n_active = std::min(n_active, MAX_STAGE_LINES/SPIKE_STRIP_TILES);
-        uint32_t * list = lines + end;
+        n_active = std::min(n_active, MAX_STAGE_RUNS/(SPIKE_STRIP_TILES/2));
+        uint32_t * list = runs + end;
         for (uint32_t e = 0; e < n_active; e++) {
             const uint32_t line = start + active[e]*stride;
-            for (uint32_t t = 0; t < SPIKE_STRIP_TILES; t++) { // a whole vector; the next input overwrites what is too much
-                list[t] = line + t*SPIKE_LINE_BYTES;
+            for (uint32_t k = 0; k < SPIKE_STRIP_TILES/2; k++) { // a whole vector; the next input overwrites what is too much
+                list[k] = line + k*2*SPIKE_LINE_BYTES;
             }
-            list += next.n_tiles;
+            list[n_runs - 1] = line + last;
+            list += n_runs;
         }
-        end += n_active*(uint32_t) next.n_tiles;
+        end += n_active*n_runs;
     }
 
     void append_salients() {
+        constexpr uint32_t RUN_BYTES = SPIKE_AHEAD_LINES*SPIKE_LINE_BYTES;
         const uint32_t start = (uint32_t) (spike_salients_of_tile(&layout, packed, next.first_tile, 0, 0) - packed);
         const int64_t  bytes = next.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
-        const uint32_t n     = (uint32_t) std::min<int64_t>(bytes/SPIKE_LINE_BYTES, MAX_STAGE_LINES);
+        const uint32_t n     = (uint32_t) std::min<int64_t>(bytes/RUN_BYTES, MAX_STAGE_RUNS);
         for (uint32_t e = 0; e < n; e++) {
-            lines[end + e] = start + e*SPIKE_LINE_BYTES;
+            runs[end + e] = start + e*RUN_BYTES;
         }
         end += n;
     }
@@ -193,9 +216,9 @@ class stage_list {
     const uint8_t *      packed;
     const spike_train *  train;
     const int64_t        end_tile;
-    uint32_t *           lines; // offsets
-    uint32_t             begin = 0, end = 0, target = 0;
-    tile_group           next;  // whose stage is to be appended
+    uint32_t *           runs; // offsets of SPIKE_AHEAD_LINES lines each
+    uint32_t             begin = 0, end = 0, target = 0, moved = 0;
+    tile_group           next; // whose stage is to be appended
     int64_t              next_chunk = 0;
 };
 
