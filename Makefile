@@ -1,7 +1,8 @@
 # make demo    everything from a bare machine to a comparison of SPK4 with Q4_0 on SmolLM2-135M
 # make test    the tests, with the patched and the unpatched runtime
 # make bench   the benchmarks
-# make fuzz    damaged files and random bytes for FUZZ_SECONDS (600), then faults at every call; needs clang
+# make fuzz    damaged files and random bytes for FUZZ_SECONDS (600), then faults at every call; needs clang.
+#              FUZZ_INPUTS=10000000 FUZZ_FILES=1000000: so many instead
 # make soak    llama-cpp-python's server under load for SOAK_SECONDS (1200)
 # make clean   forget the environment (the build cache stays; see `spikequant doctor` for its place)
 #

@@ -118,6 +118,8 @@ _SPIKES: dict[str, tuple[bytes, str | None]] = {
     # sizes
     "product of sizes wraps to 64": (gguf([tensor("w", (64, 2**58 + 1), SPK4, 0)]), "it is cut off"),
     "product of sizes wraps to 0": (gguf([tensor("w", (64, 2**32, 2**32), SPK4, 0)]), "it is cut off"),
+    # stock llama.cpp lets this through its check, and aborts
+    "product of sizes just below 2^63": (gguf([tensor("w", (128, 2**56 - 2**24), SPK4, 0)]), "it is cut off"),
     "bytes wrap though elements do not": (gguf([tensor("w", (64, 2**57), Q4_0, 0)]), "it is cut off"),
     "first size is 2^64 - 1": (gguf([tensor("w", (HUGE, 1), SPK4, 0)]), "inputs"),
     "first size is 2^63": (gguf([tensor("w", (BIG, 1), SPK4, 0)]), "inputs"),

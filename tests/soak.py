@@ -138,7 +138,8 @@ def soak(model: Path, seconds: float, seed: int = 1) -> Soak:
     result = Soak()
     with serve(model) as server:
         # A prompt that comes again right away finds itself computed but for its last token. Stock attention
-        # sums in another order for one token than for many: a lone client, too, may get another answer then.
+        # sums in another order for one token than for many: a lone client, too, may get another answer then
+        # (docs/serving.md, test_determinism.py).
         alone = {prompt: [server.ask(prompt) for _ in range(2)] for prompt in PROMPTS}
         if any(status != 200 for answers in alone.values() for status, _ in answers):
             raise SystemExit(f"error: the server fails a lone client: {alone}")

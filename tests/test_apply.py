@@ -16,7 +16,7 @@ from spikequant_gguf.errors import BuildError, InputError
 from spikequant_gguf.ggml_patch import apply as apply_module
 from spikequant_gguf.ggml_patch import canary, regenerate, unidiff
 from spikequant_gguf.ggml_patch.apply import apply, remove
-from spikequant_gguf.ggml_patch.cache import open_cache
+from spikequant_gguf.ggml_patch.cache import CACHE_VARIABLE, open_cache
 from spikequant_gguf.ggml_patch.upstream import PatchSource, Upstream, load_upstream, patch_id
 
 SPIKE = "vendor/ggml/spike"
@@ -433,7 +433,8 @@ class Regeneration(Project):
 
 
 @pytest.fixture
-def regeneration(tmp_path: Path) -> Regeneration:
+def regeneration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Regeneration:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # a given package is kept in the cache
     return Regeneration(tmp_path)
 
 

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import pytest
+from graph_spy import SpyModel
 from make_golden_text import GOLDEN, N_TOKENS, write_model
 from native_build import KERNELS, cpu_runs, host_architecture
 from numpy_llama import NumpyLlama, greedy
@@ -99,3 +102,49 @@ def test_threads_and_repetition_change_no_bit_of_the_logits(
     found = json.loads(done.stdout)
     assert len(found) == len(THREADS)
     assert len({digest for digests in found.values() for digest in digests}) == 1
+
+
+# ---- a prompt in one piece or in two, as when a server finds its beginning in the cache
+
+PROMPT = [1 + i * 7 % 300 for i in range(70)]  # enough for the tiles of llama.cpp's attention
+PARTS = [[70], [69, 1], [33, 37], [1] * 70]
+
+
+def test_spike_products_are_those_of_any_division(
+    runtime: RuntimeInfo, tiny_models: dict[str, Path]
+) -> None:
+    """A product whose inputs are the same has the same outputs, however many tokens are computed with it.
+
+    Attention, which is llama.cpp's own, sums in another order for many queries; so later layers see others.
+    """
+    last: list[dict[str, tuple[bytes, bytes]]] = []
+    with SpyModel(tiny_models["spk4"], ctx_size=128, threads=1) as model:
+        for parts in PARTS:
+            model.clear()
+            position = 0
+            for size in parts:
+                model.products.clear()
+                model.decode(PROMPT[position : position + size], position, outputs=1)
+                position += size
+            last.append({each.weights: (each.x[-1].tobytes(), each.y[-1].tobytes()) for each in model.products})
+    whole, *others = last
+    for divided in others:
+        assert divided.keys() == whole.keys() and len(whole) > 10
+        same = [name for name in whole if whole[name][0] == divided[name][0]]
+        assert {"blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"} <= set(same)
+        assert all(whole[name][1] == divided[name][1] for name in same)
+
+
+def test_one_token_at_a_time_makes_the_cache_invisible(
+    runtime: RuntimeInfo, tiny_models: dict[str, Path]
+) -> None:
+    """What docs/serving.md advises: with n_batch=1 a cached beginning changes no bit of the answer."""
+    model = llama_cpp.Llama(
+        str(tiny_models["spk4"]), n_ctx=128, n_batch=1, n_threads=2, logits_all=True, verbose=False
+    )
+    answers = []
+    for _ in range(2):  # the second time all but the last token of the prompt are in the cache
+        drawn = model.generate(PROMPT, temp=0.0)
+        tokens = [next(drawn) for _ in range(8)]
+        answers.append((tokens, np.array(model.scores[: model.n_tokens]).tobytes()))
+    assert answers[0] == answers[1]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from spikequant_gguf.validation import first_weight_fault
 pytestmark = pytest.mark.usefixtures("runtime")
 
 BUFFERS = ("CPU", "CPU_SPIKE")
-THREADS = (1, 2, 3, 8)
+THREADS = (1, 2, 3, 4, 7, 8, 16, 64)
+REPEATS = 100  # of each product, over all numbers of threads
 PROPERTY = settings(deadline=None, max_examples=60)
 
 # What weights and activations can look like; each draws from a generator.
@@ -156,20 +158,26 @@ def test_product(weight_kind, kind, seed, rows, blocks, tokens):
         assert same(found, expected), buffer
 
 
+@cache
+def shared_product(rows, n_in, tokens):
+    """Weights, inputs and the outputs of NumPy."""
+    weights = codec.encode_weights(draw("laplace", 1, rows, n_in))
+    x = draw("outliers", 2, tokens, n_in)
+    return blocks_to_bytes(weights), x, expected_product(weights, x)
+
+
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 1), (129, 576, 1), (576, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str
+    "shape", [(1, 64, 1), (129, 576, 1), (300, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str
 )
 def test_threads(buffer, threads, shape):
-    rows, n_in, tokens = shape
-    weights = codec.encode_weights(draw("laplace", 1, rows, n_in))
-    x = draw("outliers", 2, tokens, n_in)
-    with MatMul(TYPE_SPK4, blocks_to_bytes(weights), n_in, tokens, buffer=buffer, threads=threads) as product:
+    weights, x, expected = shared_product(*shape)
+    with MatMul(TYPE_SPK4, weights, x.shape[1], len(x), buffer=buffer, threads=threads) as product:
         product.set_input(x)
-        for _ in range(5):
+        for _ in range(-(-REPEATS // len(THREADS))):
             product.compute()
-            assert same(product.output(), expected_product(weights, x))
+            assert same(product.output(), expected)
 
 
 @pytest.mark.parametrize("tokens", [3, 26])

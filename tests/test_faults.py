@@ -24,6 +24,7 @@ from converter_models import llama_tensors, write_gguf
 from gguf import GGMLQuantizationType as T
 
 from spikequant_gguf import OutputError
+from spikequant_gguf.runtime import RuntimeInfo
 from spikequant_gguf.verify import verify_file
 
 COUNT, KILL_BEFORE, KILL_AFTER, KILL_IN_THE_MIDDLE, FAIL, SHORT = range(6)
@@ -64,9 +65,9 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    folder = tmp_path_factory.mktemp("faults")
-    library = folder / "faults.so"
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be preloaded."""
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
     compiler = os.environ.get("CC", "cc")
     command = [
         compiler,
@@ -80,7 +81,12 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         FOLDER / "native/faults.c",
     ]
     subprocess.run([*command, "-ldl"], check=True)
-    source = write_gguf(folder / "tiny-F16.gguf", llama_tensors(n_layers=2), T.F16)
+    return library
+
+
+@pytest.fixture(scope="module")
+def worker(library: Path) -> Iterator[Worker]:
+    source = write_gguf(library.parent / "tiny-F16.gguf", llama_tensors(n_layers=2), T.F16)
     worker = Worker(source, library)
     yield worker
     worker.close()
@@ -161,6 +167,59 @@ def test_killed_again_and_again(worker: Worker, expected: tuple[str, int], folde
                 break
             worker.convert(out, rng.choice(KILLS), rng.randrange(n_calls))
         finish(worker, out, digest)
+
+
+class Command:
+    """`spikequant convert` with calibration, as a user starts it."""
+
+    def __init__(self, source: Path, text: Path, library: Path) -> None:
+        program = Path(sys.executable).with_name("spikequant")
+        self._words = [str(program), "convert", str(source), "--threads", "1"]
+        self._words += ["--calibration", str(text), "--calibration-chunks", "2"]
+        self._library = library
+        self._calls = library.with_name("calls")
+
+    def convert(self, out: Path, kind: int = COUNT, number: int = -1) -> tuple[int, int]:
+        """Exit status, negative for a signal, and the number of calls of a run that was not killed."""
+        faults = {
+            "LD_PRELOAD": str(self._library),
+            "FAULTS_FOLDER": str(out.parent),
+            "FAULTS_KIND": str(kind),
+            "FAULTS_NUMBER": str(number),
+            "FAULTS_CALLS": str(self._calls),
+        }
+        done = subprocess.run(
+            [*self._words, "-o", str(out)], env=os.environ | faults, capture_output=True, text=True
+        )
+        return done.returncode, int(self._calls.read_text()) if done.returncode >= 0 else 0
+
+
+def test_the_command_killed_while_it_calibrates_and_writes(
+    library: Path, tiny_model_f32: Path, tiny_text: Path, runtime: RuntimeInfo, folder: Path
+) -> None:
+    """Finished layers and tensors are kept, and the file is the same in the end. All calls if LONG."""
+    command = Command(tiny_model_f32, tiny_text, library)
+    whole = folder / "whole" / "out.gguf"
+    whole.parent.mkdir()
+    status, n_calls = command.convert(whole)
+    assert status == 0 and n_calls >= 100 and names(whole.parent) == {whole.name}
+    digest = sha256(whole)
+    points = range(n_calls) if LONG else range(n_calls // 6, n_calls, n_calls // 3)
+    n_calls_after = []
+    for number in points:
+        out = folder / str(number) / "out.gguf"
+        out.parent.mkdir()
+        status, _ = command.convert(out, KILLS[number % len(KILLS)], number)
+        assert status == -signal.SIGKILL
+        assert names(out.parent) <= PARTIAL | {out.name, ".out.gguf.unfinished"}
+        status, again = command.convert(out)
+        if status == 0:
+            n_calls_after.append(again)
+        else:  # killed after the renaming
+            assert status == OutputError.exit_code
+        assert sha256(out) == digest and names(out.parent) == {out.name}
+    assert len(points) >= (100 if LONG else 3)
+    assert n_calls_after[-1] < n_calls_after[0]  # a late one found most of the work done
 
 
 # ---- errors of the system

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -55,6 +56,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@cache
 def report_of(program: Path, architecture: str, kernel: str) -> dict[str, tuple[int, int, str]]:
     """What the program compared, by subject: number, how many were wrong, rest of the line."""
     command = [*target_of(architecture).run, program, kernel]
@@ -120,6 +122,22 @@ def test_encoder_gives_the_same_bytes_everywhere(program: Callable[[str], Path])
     reports = [report_of(program(each), each, "plain-c")["encoder"] for each in ARCHITECTURES]
     assert all(report == reports[0] for report in reports)
     assert reports[0][0] >= 100 and reports[0][1] == 0 and "digest" in reports[0][2]
+
+
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="about x86 CPUs")
+@pytest.mark.parametrize("name", ["check_kernels", "check_prompts", "check_threads"])
+def test_a_cpu_with_sse4_but_without_avx_gives_the_same(program: Callable[[str], Path], name: str) -> None:
+    """It loads the code for newer CPUs, too, chooses plain C by itself, and encodes to the same bytes."""
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None:
+        pytest.skip("NOT RUN for want of qemu-x86_64; on Debian or Ubuntu: sudo apt install qemu-user-static")
+    built = program("x86_64").with_name(name)
+    environment = {key: value for key, value in os.environ.items() if key != "SPIKEQUANT_FORCE_ISA"}
+    command = [emulator, "-cpu", "Nehalem", built, "plain-c"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    here = report_of(built, "x86_64", "plain-c")
+    assert here and all(f"{subject} {number} wrong 0 {rest}".rstrip() in done.stdout for subject, (number, _, rest) in here.items())
 
 
 def test_unknown_kernel_is_refused(program: Callable[[str], Path]) -> None:

@@ -1,5 +1,7 @@
-// What the fuzz targets share: an input as a source of bytes, and memory of exact size, so that a sanitizer sees every step outside.
+// What the fuzz targets share: an input as a source of bytes.
 #pragma once
+
+#include "../native/made_up.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -52,14 +54,6 @@ static inline uint8_t fuzz_byte(fuzz_input * input) {
 
 static inline int64_t fuzz_below(fuzz_input * input, int64_t n) {
     return (fuzz_byte(input) | fuzz_byte(input) << 8) % n;
-}
-
-static inline void * fuzz_allocate(size_t size) {
-    void * memory = NULL;
-    if (posix_memalign(&memory, 64, size) != 0) {
-        abort();
-    }
-    return memory;
 }
 
 // A broken promise ends the program, as a finding of a sanitizer does.

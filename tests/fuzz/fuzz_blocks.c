@@ -22,9 +22,9 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const int64_t n_rows   = 1 + fuzz_byte(&input) % 3;
     const bool    alike    = fuzz_byte(&input) & 1; // rows as a quantizer makes them, but for the rest of their bytes
     const size_t  n_weights = (size_t) (n_rows*n_blocks);
-    block_spk4 * weights = fuzz_allocate(n_weights*sizeof(block_spk4));
-    block_spka * token   = fuzz_allocate((size_t) n_blocks*sizeof(block_spka));
-    float      * values  = fuzz_allocate((size_t) n_blocks*QK_SPK*sizeof(float));
+    block_spk4 * weights = allocate_unset(n_weights*sizeof(block_spk4));
+    block_spka * token   = allocate_unset((size_t) n_blocks*sizeof(block_spka));
+    float      * values  = allocate_unset((size_t) n_blocks*QK_SPK*sizeof(float));
     fuzz_fill(&input, weights, n_weights*sizeof(block_spk4));
     fuzz_fill(&input, token, (size_t) n_blocks*sizeof(block_spka));
     if (alike) {
@@ -57,8 +57,8 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     dequantize_row_spka(token, values, n_blocks*QK_SPK);
 
     const spike_layout layout = spike_layout_of(n_blocks*QK_SPK, n_rows);
-    uint8_t    * packed = fuzz_allocate(layout.size);
-    block_spk4 * back   = fuzz_allocate(n_weights*sizeof(block_spk4));
+    uint8_t    * packed = allocate_unset(layout.size);
+    block_spk4 * back   = allocate_unset(n_weights*sizeof(block_spk4));
     spike_pack_matrix(&layout, weights, packed);
     spike_unpack_matrix(&layout, packed, back);
     if (headers_agree(weights, n_rows, n_blocks)) {

@@ -24,9 +24,9 @@ static void check_encoder(fuzz_input * input, const float * x, int64_t n) {
     const spike_encoder_params params = {
         (float) (1 + fuzz_byte(input) % 59)/8.0f, (float) (fuzz_byte(input) % 33)/8.0f, fuzz_byte(input) & 15, (fuzz_byte(input) & 1) != 0,
     };
-    block_spka * blocks  = fuzz_allocate((size_t) (n/QK_SPK)*sizeof(block_spka));
-    float      * scratch = fuzz_allocate(2*(size_t) n*sizeof(float));
-    int8_t     * values  = fuzz_allocate(2*(size_t) n);
+    block_spka * blocks  = allocate_unset((size_t) (n/QK_SPK)*sizeof(block_spka));
+    float      * scratch = allocate_unset(2*(size_t) n*sizeof(float));
+    int8_t     * values  = allocate_unset(2*(size_t) n);
     spike_encode_token(x, blocks, n, &params, scratch, values);
     for (int64_t b = 0; b < n/QK_SPK; b++) {
         int8_t fine[QK_SPK], coarse[QK_SPK];
@@ -42,9 +42,9 @@ static void check_encoder(fuzz_input * input, const float * x, int64_t n) {
 }
 
 static void check_quantizer(fuzz_input * input, const float * x, int64_t n) {
-    float      * importance = fuzz_allocate((size_t) n*sizeof(float));
-    block_spk4 * blocks     = fuzz_allocate((size_t) (n/QK_SPK)*sizeof(block_spk4));
-    float      * decoded    = fuzz_allocate((size_t) n*sizeof(float));
+    float      * importance = allocate_unset((size_t) n*sizeof(float));
+    block_spk4 * blocks     = allocate_unset((size_t) (n/QK_SPK)*sizeof(block_spk4));
+    float      * decoded    = allocate_unset((size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i++) {
         importance[i] = (float) fuzz_byte(input);
     }
@@ -63,7 +63,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     fuzz_input input = fuzz_open(data, size);
     const int64_t n    = QK_SPK*(1 + fuzz_byte(&input) % 3);
     const int     kind = fuzz_byte(&input) % 4;
-    float * x = fuzz_allocate((size_t) n*sizeof(float));
+    float * x = allocate_unset((size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i++) {
         const float any = fuzz_float(&input);
         const float small = (float) (int8_t) fuzz_byte(&input);

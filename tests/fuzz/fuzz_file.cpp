@@ -81,7 +81,7 @@ bool same(const std::vector<float> & a, const std::vector<float> & b) {
 
 void read_tensor(const gguf_context * file, const ggml_tensor * meta, const uint8_t * bytes, fuzz_input * input) {
     const size_t n_bytes = ggml_nbytes(meta);
-    std::unique_ptr<uint8_t, decltype(&free)> exact((uint8_t *) fuzz_allocate(n_bytes), &free);
+    std::unique_ptr<uint8_t, decltype(&free)> exact((uint8_t *) allocate_unset(n_bytes), &free);
     memcpy(exact.get(), bytes, n_bytes);
     spike_validate_tensor(meta->name, exact.get(), meta->ne[0], ggml_nrows(meta));
     ggml_validate_row_data(meta->type, exact.get(), n_bytes);

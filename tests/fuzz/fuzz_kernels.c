@@ -7,18 +7,6 @@
 
 enum { MAX_BLOCKS = 5 };
 
-static spike_train * make_train(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
-    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
-    spike_train * train = fuzz_allocate(spike_train_size(n_inputs, n_chunks));
-    train->n_chunks = (int32_t) n_chunks;
-    int8_t * values = spike_train_values_to_fill(train, n_inputs);
-    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
-        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
-    }
-    spike_train_build(token, n_inputs, train);
-    return train;
-}
-
 // Potentials of a tile, [class][row], with codes counted from 8.
 static void tile_potentials(const spike_kernels * kernel, const spike_layout * layout, const uint8_t * packed, int64_t tile,
                             const spike_train * train, const uint32_t * scaled, int32_t * potential) {
@@ -65,8 +53,8 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const int64_t n_rows   = 1 + (fuzz_byte(&input) % 8 == 0 ? fuzz_below(&input, 3*SPIKE_TILE_ROWS) : fuzz_byte(&input) % 4);
     const int64_t chunk    = 1 + fuzz_byte(&input) % MAX_BLOCKS;
     const bool    uniform  = fuzz_byte(&input) & 1;
-    block_spka * token   = fuzz_allocate((size_t) n_blocks*sizeof(block_spka));
-    block_spk4 * weights = fuzz_allocate((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
+    block_spka * token   = allocate_unset((size_t) n_blocks*sizeof(block_spka));
+    block_spk4 * weights = allocate_unset((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     fuzz_fill(&input, token, (size_t) n_blocks*sizeof(block_spka));
     fuzz_fill(&input, weights, (size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     for (int64_t i = 0; uniform && i < n_rows*n_blocks; i++) {
@@ -77,16 +65,13 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
 
     const spike_layout layout = spike_layout_of(n_inputs, n_rows);
-    uint8_t     * packed = fuzz_allocate(layout.size);
+    uint8_t     * packed = allocate_unset(layout.size);
     spike_train * train  = make_train(token, n_inputs, chunk);
-    uint32_t    * scaled = fuzz_allocate((train->n_spikes + 1)*sizeof(uint32_t));
     spike_pack_matrix(&layout, weights, packed);
     fuzz_require((int64_t) train->n_spikes <= spike_max_spikes(n_inputs, train->n_chunks), "a train has room for its spikes");
     for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
         const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile);
-        for (uint32_t e = 0; e < train->n_spikes; e++) {
-            scaled[e] = spike_train_offsets(train)[e]*(uint32_t) (lines.stride/SPIKE_LINE_BYTES);
-        }
+        uint32_t * scaled = scaled_offsets(train, lines.stride);
         int32_t expected[SPIKE_CLASSES*SPIKE_TILE_ROWS], found[SPIKE_CLASSES*SPIKE_TILE_ROWS];
         tile_potentials(kernels[0], &layout, packed, tile, train, scaled, expected);
         for (int k = 1; k < n_kernels; k++) {
@@ -104,8 +89,8 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             fuzz_require(fine == expected[r] - offset*train->sum[0] && coarse == expected[SPIKE_TILE_ROWS + r] - offset*train->sum[1],
                          "kernels give the integers of the dot product");
         }
+        free(scaled);
     }
-    free(scaled);
     free(train);
     free(packed);
     free(weights);

@@ -7,36 +7,6 @@
 
 enum { MAX_BLOCKS = 5, TOKENS = 8, SIZE = SPIKE_SCHEDULE_CLASSES*SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS };
 
-static spike_schedule * make_schedule(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
-    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
-    spike_schedule * schedule = fuzz_allocate(spike_schedule_size(n_inputs, n_chunks));
-    schedule->n_chunks = (int32_t) n_chunks;
-    int8_t * values = spike_schedule_values_to_fill(schedule, n_inputs);
-    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
-        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
-    }
-    spike_schedule_build(token, n_inputs, schedule);
-    return schedule;
-}
-
-// Potentials of tiles, [class][tile][row], with codes counted from 8 and without salient weights.
-static void tile_potentials(const spike_prompt_kernels * with, const spike_layout * layout, const uint8_t * packed, int64_t tile,
-                            int64_t width, const spike_schedule * schedule, int32_t potential[SIZE]) {
-    const spike_tile_lines from = spike_lines_of_tile(layout, packed, tile);
-    memset(potential, 0, SIZE*sizeof(int32_t));
-    for (int64_t c = 0; c < schedule->n_chunks; c++) {
-        const int64_t first = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c);
-        const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
-        uint8_t * lines = fuzz_allocate((size_t) (spike_schedule_lines(n)*width*SPIKE_LINE_BYTES));
-        with->copy_lines(from.first + (size_t) first*from.stride, from.stride, width, n, lines);
-        for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            with->integrate_schedule(lines, width, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule),
-                                     potential + k*width*SPIKE_TILE_ROWS);
-        }
-        free(lines);
-    }
-}
-
 static bool is_plain(const block_spk4 * row, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; b++) {
         if (row[b].header != row->header || ((row[b].salient[0] | row[b].salient[1]) & 0xC0)) {
@@ -52,8 +22,8 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     const int64_t chunk    = 1 + fuzz_byte(input) % MAX_BLOCKS;
     const int64_t widest   = 1 + fuzz_byte(input) % SPIKE_MAX_WIDTH;
     const bool    uniform  = fuzz_byte(input) & 1;
-    block_spka * token   = fuzz_allocate((size_t) n_blocks*sizeof(block_spka));
-    block_spk4 * weights = fuzz_allocate((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
+    block_spka * token   = allocate_unset((size_t) n_blocks*sizeof(block_spka));
+    block_spk4 * weights = allocate_unset((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     fuzz_fill(input, token, (size_t) n_blocks*sizeof(block_spka));
     fuzz_fill(input, weights, (size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     for (int64_t i = 0; uniform && i < n_rows*n_blocks; i++) {
@@ -64,15 +34,15 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
         memcpy(token + b, token, 8);
     }
     const spike_layout layout = spike_layout_of(n_inputs, n_rows);
-    uint8_t        * packed   = fuzz_allocate(layout.size);
+    uint8_t        * packed   = allocate_unset(layout.size);
     spike_schedule * schedule = make_schedule(token, n_inputs, chunk);
     spike_pack_matrix(&layout, weights, packed);
     for (int64_t tile = 0; tile < layout.n_tiles; tile += widest) {
         const int64_t width = layout.n_tiles - tile < widest ? layout.n_tiles - tile : widest;
-        int32_t expected[SIZE], found[SIZE];
-        tile_potentials(kernels[0]->prompt, &layout, packed, tile, width, schedule, expected);
+        int32_t expected[SIZE] = { 0 }, found[SIZE] = { 0 }; // narrower ones fill less
+        schedule_potentials(kernels[0]->prompt, &layout, packed, tile, width, schedule, expected);
         for (int k = 1; k < n_kernels; k++) {
-            tile_potentials(kernels[k]->prompt, &layout, packed, tile, width, schedule, found);
+            schedule_potentials(kernels[k]->prompt, &layout, packed, tile, width, schedule, found);
             fuzz_require(memcmp(found, expected, sizeof(found)) == 0, "every kernel gives the integers of plain C");
         }
         for (int64_t i = 0; i < width*SPIKE_TILE_ROWS && tile*SPIKE_TILE_ROWS + i < n_rows; i++) {
@@ -104,10 +74,10 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
     const int64_t n_blocks = 1 + fuzz_byte(input) % 3, n = n_blocks*QK_SPK;
     const size_t  n_values = (size_t) n*SPIKE_TOKEN_LINE, n_potentials = SPIKE_TOKEN_LINE*SPIKE_TILE_ROWS;
     const size_t  n_salients = (size_t) n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
-    uint8_t * salients  = fuzz_allocate(n_salients);
-    int8_t  * values    = fuzz_allocate(2*TOKENS*(size_t) n);
-    int16_t * lines     = fuzz_allocate(n_values*sizeof(int16_t)), * expected_lines = fuzz_allocate(n_values*sizeof(int16_t));
-    int32_t * potential = fuzz_allocate(n_potentials*sizeof(int32_t)), * expected = fuzz_allocate(n_potentials*sizeof(int32_t));
+    uint8_t * salients  = allocate_unset(n_salients);
+    int8_t  * values    = allocate_unset(2*TOKENS*(size_t) n);
+    int16_t * lines     = allocate_unset(n_values*sizeof(int16_t)), * expected_lines = allocate_unset(n_values*sizeof(int16_t));
+    int32_t * potential = allocate_unset(n_potentials*sizeof(int32_t)), * expected = allocate_unset(n_potentials*sizeof(int32_t));
     fuzz_fill(input, salients, n_salients);
     fuzz_fill(input, values, 2*TOKENS*(size_t) n);
     const int8_t * fine[TOKENS], * coarse[TOKENS];

@@ -21,30 +21,14 @@ typedef struct {
     bool          gathered; // lines of a tile copied together, as for many tokens, instead of read where they lie
 } product_case;
 
-// In programs of chunk_blocks blocks at most.
-static spike_train * make_train(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
-    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
-    spike_train * train = allocate(spike_train_size(n_inputs, n_chunks));
-    train->n_chunks = (int32_t) n_chunks;
-    int8_t * values = spike_train_values_to_fill(train, n_inputs);
-    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
-        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
-    }
-    spike_train_build(token, n_inputs, train);
-    return train;
-}
-
 // Potentials of a tile with codes counted from 8: [class][row].
 static void tile_potentials(const spike_kernels * kernels, const spike_layout * layout, const uint8_t * packed, int64_t tile,
                             const spike_train * train, bool gathered, int32_t potential[SPIKE_CLASSES*SPIKE_TILE_ROWS]) {
     const int64_t          n_inputs = layout->n_inputs;
     const spike_tile_lines lines    = spike_lines_of_tile(layout, packed, tile);
     const uint32_t       * offsets  = spike_train_offsets(train);
-    uint32_t * scaled = allocate((size_t) (train->n_spikes + 1)*sizeof(uint32_t));
+    uint32_t * scaled = scaled_offsets(train, lines.stride);
     uint8_t  * copied = allocate((size_t) (n_inputs + 1)*SPIKE_LINE_BYTES);
-    for (uint32_t e = 0; e < train->n_spikes; e++) {
-        scaled[e] = offsets[e]*(uint32_t) (lines.stride/SPIKE_LINE_BYTES);
-    }
     for (int64_t i = 0; i <= n_inputs; i++) {
         memcpy(copied + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
     }

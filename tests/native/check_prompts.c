@@ -20,37 +20,6 @@ typedef struct {
     int64_t       width; // tiles at a time
 } prompt_case;
 
-static spike_schedule * make_schedule(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
-    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
-    spike_schedule * schedule = allocate(spike_schedule_size(n_inputs, n_chunks));
-    schedule->n_chunks = (int32_t) n_chunks;
-    int8_t * values = spike_schedule_values_to_fill(schedule, n_inputs);
-    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
-        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
-    }
-    spike_schedule_build(token, n_inputs, schedule);
-    return schedule;
-}
-
-// Potentials of tiles with codes counted from 8 and without salient weights: [class][tile][row].
-static void tile_potentials(const spike_prompt_kernels * with, const spike_layout * layout, const uint8_t * packed, int64_t tile,
-                            int64_t width, const spike_schedule * schedule, int32_t * potential) {
-    const int64_t rows = width*SPIKE_TILE_ROWS;
-    const spike_tile_lines from = spike_lines_of_tile(layout, packed, tile);
-    memset(potential, 0, (size_t) (SPIKE_SCHEDULE_CLASSES*rows)*sizeof(int32_t));
-    for (int64_t c = 0; c < schedule->n_chunks; c++) {
-        const int64_t first = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c);
-        const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
-        const size_t  size  = (size_t) (spike_schedule_lines(n)*width*SPIKE_LINE_BYTES);
-        uint8_t * lines = allocate(size);
-        with->copy_lines(from.first + (size_t) first*from.stride, from.stride, width, n, lines);
-        for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            with->integrate_schedule(lines, width, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule), potential + k*rows);
-        }
-        free(lines);
-    }
-}
-
 // Whether potentials are those of the dot product, row by row; the made-up weights have no salient ones here.
 static bool equals_dot_product(const int32_t * potential, int64_t class_stride, const block_spk4 * rows, int64_t n_rows, const block_spka * token,
                                const spike_schedule * schedule, int64_t n_blocks) {
@@ -93,8 +62,8 @@ static bool check_prompt(const prompt_case * c) {
             const int64_t width = layout.n_tiles - tile < c->width ? layout.n_tiles - tile : c->width;
             enum { SIZE = SPIKE_SCHEDULE_CLASSES*SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS };
             int32_t found[SIZE] = { 0 }, expected[SIZE] = { 0 };
-            tile_potentials(kernels, &layout, packed, tile, width, schedule, found);
-            tile_potentials(plain, &layout, packed, tile, width, schedule, expected);
+            schedule_potentials(kernels, &layout, packed, tile, width, schedule, found);
+            schedule_potentials(plain, &layout, packed, tile, width, schedule, expected);
             right = right && memcmp(found, expected, sizeof(found)) == 0;
             for (int64_t w = 0; w < width; w++) {
                 const int64_t row0 = (tile + w)*SPIKE_TILE_ROWS, left = c->n_rows - row0;

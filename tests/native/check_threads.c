@@ -1,11 +1,8 @@
 // check_threads NAME: threads that share a matrix and its tokens, as in a product, give the integers of one thread. Each
 // encodes and sorts its share of the tokens, all wait, and each integrates its share of the tiles. For ThreadSanitizer.
-#include "spike/cpu/spike-kernels.h"
+#include "made_up.h"
 
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum { N_INPUTS = 5*QK_SPK, N_ROWS = 17*SPIKE_TILE_ROWS - 3, N_TOKENS = 6, N_THREADS = 4, N_ROUNDS = 20 };
 
@@ -25,16 +22,6 @@ typedef struct {
     int                   index, n_threads;
 } worker;
 
-static void * allocate(size_t size) {
-    void * memory = aligned_alloc(64, (size + 63) & ~(size_t) 63);
-    if (!memory) {
-        fprintf(stderr, "out of memory\n");
-        exit(2);
-    }
-    memset(memory, 0, size);
-    return memory;
-}
-
 static void encode_token(int token, spike_train * train) {
     const spike_encoder_params params = spike_encoder_defaults();
     block_spka blocks[N_INPUTS/QK_SPK];
@@ -44,12 +31,8 @@ static void encode_token(int token, spike_train * train) {
 }
 
 static void integrate_tile(const spike_kernels * kernels, const spike_train * train, int64_t tile, int32_t * potential) {
-    const spike_tile_lines lines   = spike_lines_of_tile(&layout, packed, tile);
-    const uint32_t       * offsets = spike_train_offsets(train);
-    uint32_t * scaled = allocate((train->n_spikes + 1)*sizeof(uint32_t));
-    for (uint32_t e = 0; e < train->n_spikes; e++) {
-        scaled[e] = offsets[e]*(uint32_t) (lines.stride/SPIKE_LINE_BYTES);
-    }
+    const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile);
+    uint32_t * scaled = scaled_offsets(train, lines.stride);
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         int32_t * own = potential + k*SPIKE_TILE_ROWS;
         for (int64_t c = 0; c < train->n_chunks; c++) {

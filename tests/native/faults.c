@@ -1,4 +1,6 @@
 // For LD_PRELOAD: the calls that change or read files of one folder are counted, and one of them fails or ends the process.
+// A program that cannot call faults_arm is armed by FAULTS_FOLDER, FAULTS_KIND and FAULTS_NUMBER; it leaves the number of
+// its calls in the file FAULTS_CALLS.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -6,6 +8,7 @@
 #include <limits.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -24,6 +27,22 @@ void faults_arm(const char * path, int kind, long number, int error) {
     fails_at     = number;
     error_number = error;
     calls        = 0;
+}
+
+__attribute__((constructor)) static void arm_by_environment(void) {
+    const char * path = getenv("FAULTS_FOLDER"), * kind = getenv("FAULTS_KIND"), * number = getenv("FAULTS_NUMBER");
+    if (path && kind && number) {
+        faults_arm(path, atoi(kind), atol(number), EIO);
+    }
+}
+
+__attribute__((destructor)) static void leave_calls(void) {
+    const char * path = getenv("FAULTS_CALLS");
+    FILE * file = path ? fopen(path, "w") : NULL;
+    if (file) {
+        fprintf(file, "%ld\n", calls);
+        fclose(file);
+    }
 }
 
 long faults_calls(void) {

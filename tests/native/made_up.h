@@ -1,7 +1,7 @@
-// Made-up weights and tokens for the native checks.
+// Made-up weights and tokens, and what products are computed from, for the native checks and the fuzz targets.
 #pragma once
 
-#include "spike/cpu/spike-layout.h"
+#include "spike/cpu/spike-kernels.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,31 +9,36 @@
 
 static uint64_t random_state;
 
-static uint32_t next_random(void) { // splitmix64
+static inline uint32_t next_random(void) { // splitmix64
     uint64_t z = random_state += 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30)*0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27)*0x94D049BB133111EBu;
     return (uint32_t) (z >> 32);
 }
 
-static int64_t random_below(int64_t n) {
+static inline int64_t random_below(int64_t n) {
     return (int64_t) ((uint64_t) next_random()*(uint64_t) n >> 32);
 }
 
-static void * allocate(size_t size) {
-    void * memory = aligned_alloc(64, (size + 63) & ~(size_t) 63);
-    if (!memory) {
+// Memory of exactly this size, so that a sanitizer sees every step outside. As the system gives it: what depends on its
+// contents is a fault.
+static inline void * allocate_unset(size_t size) {
+    void * memory = NULL;
+    if (posix_memalign(&memory, 64, size) != 0) {
         fprintf(stderr, "out of memory\n");
         exit(2);
     }
-    memset(memory, 0, size);
     return memory;
+}
+
+static inline void * allocate(size_t size) {
+    return memset(allocate_unset(size), 0, size);
 }
 
 enum salience { NO_SALIENT, SOME_SALIENT, ALL_SALIENT, N_SALIENCES };
 enum codes    { RANDOM_CODES, SMALLEST_CODES, LARGEST_CODES, MIXED_EXTREMES, N_CODES };
 
-static void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_blocks, enum salience salience, enum codes kind) {
+static inline void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_blocks, enum salience salience, enum codes kind) {
     for (int64_t r = 0; r < n_rows; r++) {
         const uint16_t header = (uint16_t) (0x3C00 | random_below(16));
         for (int64_t b = 0; b < n_blocks; b++) {
@@ -56,7 +61,7 @@ static void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_blocks, 
 
 enum pattern { SPARSE, NORMAL, DENSE, EARLIEST, LATEST, LARGEST, ALTERNATING, ALL_TIMES, UP_THEN_DOWN, ONE_SPIKE, SILENCE, N_PATTERNS };
 
-static int value_of(enum pattern pattern, int64_t i, int64_t n) {
+static inline int value_of(enum pattern pattern, int64_t i, int64_t n) {
     const int uniform = (int) random_below(32) - 16;
     switch (pattern) {
         case SPARSE:       return random_below(20) ? 0 : uniform;
@@ -74,7 +79,7 @@ static int value_of(enum pattern pattern, int64_t i, int64_t n) {
 }
 
 // Blocks of exactly these values; one in coarse_share of them is coarse, at 2^shift, none if that is 0.
-static void fill_token(block_spka * blocks, int64_t n_inputs, enum pattern pattern, int64_t coarse_share, int shift) {
+static inline void fill_token(block_spka * blocks, int64_t n_inputs, enum pattern pattern, int64_t coarse_share, int shift) {
     for (int64_t i = 0; i < n_inputs; i++) {
         block_spka * x = blocks + i/QK_SPK;
         const int      j      = (int) (i % QK_SPK);
@@ -90,5 +95,61 @@ static void fill_token(block_spka * blocks, int64_t n_inputs, enum pattern patte
         x->coarse_mask  |= coarse ? bit : 0;
         x->fifth_bits   |= salient && stored & 16 ? bit : 0;
         x->codes[j % (QK_SPK/2)] |= (uint8_t) ((stored & 15) << (j < QK_SPK/2 ? 0 : 4));
+    }
+}
+
+// ---- what products are computed from
+
+// The spikes of a token, in programs of chunk_blocks blocks at most.
+static inline spike_train * make_train(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
+    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
+    spike_train * train = (spike_train *) allocate_unset(spike_train_size(n_inputs, n_chunks));
+    train->n_chunks = (int32_t) n_chunks;
+    int8_t * values = spike_train_values_to_fill(train, n_inputs);
+    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
+        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+    }
+    spike_train_build(token, n_inputs, train);
+    return train;
+}
+
+// A train's offsets for tiles whose lines are this far apart.
+static inline uint32_t * scaled_offsets(const spike_train * train, size_t stride) {
+    uint32_t * scaled = (uint32_t *) allocate_unset(((size_t) train->n_spikes + 1)*sizeof(uint32_t));
+    for (uint32_t e = 0; e < train->n_spikes; e++) {
+        scaled[e] = spike_train_offsets(train)[e]*(uint32_t) (stride/SPIKE_LINE_BYTES);
+    }
+    return scaled;
+}
+
+// The same spikes as the kernels for many tokens take them.
+static inline spike_schedule * make_schedule(const block_spka * token, int64_t n_inputs, int64_t chunk_blocks) {
+    const int64_t n_chunks = spike_chunks(n_inputs, chunk_blocks);
+    spike_schedule * schedule = (spike_schedule *) allocate_unset(spike_schedule_size(n_inputs, n_chunks));
+    schedule->n_chunks = (int32_t) n_chunks;
+    int8_t * values = spike_schedule_values_to_fill(schedule, n_inputs);
+    for (int64_t b = 0; b < n_inputs/QK_SPK; b++) {
+        spike_activation_values(token + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
+    }
+    spike_schedule_build(token, n_inputs, schedule);
+    return schedule;
+}
+
+// Potentials of neighbouring tiles with codes counted from 8 and without salient weights: [class][tile][row].
+static inline void schedule_potentials(const spike_prompt_kernels * with, const spike_layout * layout, const uint8_t * packed,
+                                       int64_t tile, int64_t width, const spike_schedule * schedule, int32_t * potential) {
+    const int64_t rows = width*SPIKE_TILE_ROWS;
+    const spike_tile_lines from = spike_lines_of_tile(layout, packed, tile);
+    memset(potential, 0, (size_t) (SPIKE_SCHEDULE_CLASSES*rows)*sizeof(int32_t));
+    for (int64_t c = 0; c < schedule->n_chunks; c++) {
+        const int64_t first = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c);
+        const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
+        uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*width*SPIKE_LINE_BYTES));
+        with->copy_lines(from.first + (size_t) first*from.stride, from.stride, width, n, lines);
+        for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
+            with->integrate_schedule(lines, width, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule),
+                                     potential + k*rows);
+        }
+        free(lines);
     }
 }

@@ -143,7 +143,8 @@ static void integrate_schedule(const uint8_t * lines, int64_t width, const spike
 // For every set of eight lanes, the shuffle that moves its 16-bit lanes together.
 static uint8_t PACK[256][16];
 
-__attribute__((constructor)) static void fill_pack(void) {
+// Runs when the library is loaded, on CPUs without AVX, too: the flags of this file are not for it.
+__attribute__((constructor, target("no-avx"))) static void fill_pack(void) {
     for (int set = 0; set < 256; set++) {
         int n = 0;
         for (int lane = 0; lane < 8; lane++) {
