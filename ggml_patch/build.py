@@ -98,15 +98,15 @@ def build(
     CPU's newest instructions (on x86: up to AVX2, FMA and F16C). unpatched: only the
     llama library of the same pin, never installed. sdist: a source package got by hand. force: build again
     from a fresh tree. wheel: a folder for a wheel to hand on, which is a portable build that is not installed
-    here. keep_tree: leave the unpacked tree for short rebuilds (default: if
-    ``$SPIKEQUANT_KEEP_TREE`` is set). progress: shows the steps; silent if None. Raises BuildError,
+    here and has none of llama.cpp's programs. keep_tree: leave the unpacked tree for short rebuilds (default:
+    if ``$SPIKEQUANT_KEEP_TREE`` is set). progress: shows the steps; silent if None. Raises BuildError,
     InputError or OutputError with a remedy.
     """
     if wheel is not None:
         if unpatched:
             raise InputError("there is no wheel of the unpatched library", "leave out one of the two options")
         portable, install = True, False
-    job = _job(portable, unpatched, release)
+    job = _job(portable, unpatched, release, library_only=wheel is not None)
     keep = bool(os.environ.get(KEEP_TREE_VARIABLE)) if keep_tree is None else keep_tree
     timer = StepTimer(progress or SilentProgress())
     installing = install and not unpatched
@@ -193,10 +193,11 @@ class _Job:
         return self.cache.work(f"{self.variant.name}-{short_hash(self.upstream.sha256, *self._recipe)[:8]}")
 
 
-def _job(portable: bool, unpatched: bool, release: str | None = None) -> _Job:
+def _job(portable: bool, unpatched: bool, release: str | None = None, library_only: bool = False) -> _Job:
     upstream = load_upstream(version=release)
     source = None if unpatched else PatchSource()
-    return _Job(open_cache(), upstream, source, Variant(source and patch_id(upstream, source), portable))
+    variant = Variant(source and patch_id(upstream, source), portable, library_only)
+    return _Job(open_cache(), upstream, source, variant)
 
 
 def _make(job: _Job, sdist: Path | None, jobs: int, timer: StepTimer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spikequant_gguf.errors import BuildError
 
-from .cache import make_folder
+from .cache import make_folder, remove_folder
 from .progress import Progress
 from .toolchain import Toolchain
 from .upstream import Upstream
@@ -24,10 +24,13 @@ _LIBRARY_TARGETS = ("llama", "mtmd")
 
 @dataclass(frozen=True)
 class Variant:
-    """What to compile. ``patch_id`` is None for the unpatched build, which has only the llama library."""
+    """What to compile. ``patch_id`` is None for the unpatched build, which has only the llama library.
+    ``library_only``: without llama.cpp's programs, for a wheel to hand on.
+    """
 
     patch_id: str | None
     portable: bool
+    library_only: bool = False
 
     @property
     def name(self) -> str:
@@ -36,17 +39,17 @@ class Variant:
 
     @property
     def tools(self) -> tuple[str, ...]:
-        return () if self.patch_id is None else TOOLS
+        return () if self.patch_id is None or self.library_only else TOOLS
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return ("llama",) if self.patch_id is None else (*_LIBRARY_TARGETS, *TOOLS)
+        return ("llama",) if self.patch_id is None else (*_LIBRARY_TARGETS, *self.tools)
 
     def settings(self, upstream: Upstream) -> dict[str, str]:
         """CMake cache variables, without paths and without the patch id: part of the key of a build."""
-        with_tools = "ON" if self.tools else "OFF"
+        patched = self.patch_id is not None
         # Layers on other machines: a small library, which does nothing until a server is named.
-        remote = {"GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF"} if self.tools else {}
+        remote = {"GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF"} if patched else {}
         return remote | {
             "CMAKE_BUILD_TYPE": "Release",
             # One file per library, named as it is linked and as Python loads it. With libggml.so and
@@ -56,10 +59,9 @@ class Variant:
             "GGML_NATIVE": "OFF" if self.portable else "ON",
             "GGML_CCACHE": "OFF",
             "LLAMA_BUILD": "ON",
-            # With the tools, libmtmd comes from vendor/llama.cpp/tools; LLAVA_BUILD would define it a second
-            # time.
+            # libmtmd comes from vendor/llama.cpp/tools; LLAVA_BUILD would define it a second time.
             "LLAVA_BUILD": "OFF",
-            "LLAMA_BUILD_TOOLS": with_tools,
+            "LLAMA_BUILD_TOOLS": "ON" if patched else "OFF",
             "LLAMA_TOOLS_INSTALL": "OFF",
             "LLAMA_BUILD_TESTS": "OFF",
             "LLAMA_BUILD_EXAMPLES": "OFF",
@@ -85,6 +87,7 @@ def compile_tree(
 
     An interrupted compilation goes on where it stopped. Raises BuildError with the first compiler error.
     """
+    _forget_other_place(folder, tree)
     make_folder(folder)
     log = folder.with_name(folder.name + ".log")
     with log.open("w", encoding="utf-8", buffering=1) as record:
@@ -94,6 +97,17 @@ def compile_tree(
         command = [str(toolchain.ninja), "-C", str(folder), "-j", str(jobs), *variant.targets]
         _run(command, record, log, progress)
     return folder / "bin"
+
+
+def _forget_other_place(folder: Path, tree: Path) -> None:
+    """Removes what CMake left there if the cache has moved since: it refuses to go on elsewhere."""
+    try:
+        text = (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    found = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", text, re.MULTILINE)
+    if found is None or Path(found.group(1)) != tree:
+        remove_folder(folder)
 
 
 def _configure_command(

@@ -1,9 +1,9 @@
 """The functions of this package for Python programs: what the commands do, without the terminal.
 
-    from spikequant_gguf import api
+    from spikequant_gguf import convert, perplexity
 
-    report = api.convert("model-F16.gguf", "model-SPK4.gguf")
-    print(report.bits_per_weight, api.perplexity(report.path, "wiki.test.raw").ppl)
+    report = convert("model-F16.gguf", "model-SPK4.gguf")
+    print(report.bits_per_weight, perplexity(report.path, "wiki.test.raw").ppl)
 
 Every function returns a frozen dataclass with ``to_json()``, raises SpikeQuantError with a sentence and a
 remedy, keeps no state and, given ``progress``, calls it with (step, units done, units in all). There is no

@@ -7,10 +7,11 @@ spike model = its dequantized version in llama.cpp (to the rounding of activatio
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from architectures import ARCHITECTURES, Architecture, write_checkpoint
 from converter_server import ConverterServer
 from gguf import GGMLQuantizationType as T
@@ -26,13 +28,15 @@ from llama_tools import difference
 
 from spikequant_gguf import codec
 from spikequant_gguf import format as f
-from spikequant_gguf.converter import ConvertReport, checkpoint, convert
+from spikequant_gguf.converter import ConvertOptions, ConvertReport, checkpoint, convert
 from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
 from spikequant_gguf.dequantize import dequantize
+from spikequant_gguf.errors import UnsupportedError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.runtime import converter_script
+from spikequant_gguf.simulate.checkpoint import simulate_checkpoint
 from spikequant_gguf.texts import Text
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -109,8 +113,6 @@ def outputs(made: Made, path: Path) -> np.ndarray:
 
 
 def outputs_of_transformers(made: Made) -> np.ndarray:
-    import torch
-
     with torch.no_grad():
         found = made.model(torch.from_numpy(made.ids[None].astype(np.int64)))
     return (found.logits if made.architecture.is_causal else found.last_hidden_state)[0].numpy()
@@ -120,6 +122,7 @@ def outputs_of_transformers(made: Made) -> np.ndarray:
 _ROUNDING = 4e-3  # of the float model: 16-bit keys and values, tables of GELU
 _WEIGHTS = 0.75
 _ACTIVATIONS = 0.45
+_BETWEEN_LAYERS = 2e-3  # norms, attention, activation functions: GELU comes from a table of 16 bits
 
 
 def test_linear_layers_spike(made):
@@ -177,6 +180,83 @@ def test_weights_are_those_of_the_float_model(made, tmp_path):
             expected = floats[name].reshape(len(matrices), len(blocks), -1)[number]
             error = np.linalg.norm(codec.decode_weights(blocks) - expected) / np.linalg.norm(expected)
             assert error < 0.15, f"{name}: {error}"
+
+
+class SpiedEmbedder(SpyModel, Embedder):
+    """Both, with attention in float32, as torch has it."""
+
+    def __init__(self, architecture: Architecture, path: Path) -> None:
+        self._is_causal = architecture.is_causal
+        super().__init__(path, ctx_size=64, threads=1)
+
+    def _context_params(self) -> Any:
+        params = super()._context_params()
+        params.embeddings = not self._is_causal
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.flash_attn_type = 0  # disabled
+        return params
+
+    def outputs(self, ids: np.ndarray) -> np.ndarray:
+        """float32[tokens, n_vocab], or float32[tokens, n_embd] of a model that embeds."""
+        return self.decode(ids, 0, len(ids)).copy() if self._is_causal else self.states(ids)
+
+
+def test_torch_simulates_the_runtime(made, tmp_path):
+    """transformers' own module with simulated layers gives the runtime's logits.
+
+    Each layer gets the runtime's input, once its own was compared with it: else a rounding that moves one
+    activation across the edge between two codes would change, by a whole step, all that follows. So layers
+    agree to the bit, and what lies between them to rounding, for every token.
+    """
+    spikes = tmp_path / "spikes.gguf"
+    # Quantized embeddings and outputs would make llama.cpp round activations, too.
+    convert(made.floats, spikes, ConvertOptions(tensor_types=("token_embd=f32", "^output=f32")))
+    with SpiedEmbedder(made.architecture, spikes) as runtime:
+        expected = runtime.outputs(made.ids)
+        products = {product.weights: product for product in runtime.products}
+    torch_made = replace(made, model=copy.deepcopy(made.model))
+    layers = simulate_checkpoint(torch_made.model, made.floats, spikes)
+    assert set(layers) == set(products) and len(layers) == made.architecture.spiking
+
+    unforced = outputs_of_transformers(torch_made)
+    assert difference(unforced, expected) < _ACTIVATIONS
+
+    met = []
+    for name, layer in layers.items():
+        product, order = products[name], layer.order.numpy()
+
+        def compare_input(module, given, product=product):
+            x = given[0].numpy().reshape(product.x.shape)
+            assert difference_of_inputs(x, product.x) < _BETWEEN_LAYERS, product.weights
+            if product.experts is not None:
+                np.testing.assert_array_equal(given[1].numpy(), product.experts)
+            return torch.from_numpy(product.x).view(given[0].shape), *given[1:]
+
+        def compare_output(module, given, y, product=product, order=order):
+            bias = getattr(module, "bias", None)
+            runtime_y = product.y[..., order] + (0 if bias is None else bias.numpy())
+            np.testing.assert_array_equal(y.numpy().reshape(runtime_y.shape), runtime_y, product.weights)
+            met.append(product.weights)
+
+        layer.module.register_forward_pre_hook(compare_input)
+        layer.module.register_forward_hook(compare_output)
+    found = outputs_of_transformers(torch_made)
+    assert sorted(met) == sorted(layers)
+    assert difference(found, expected) < _BETWEEN_LAYERS
+
+
+def difference_of_inputs(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_simulation_refuses_weights_that_are_not_the_checkpoints(made, tmp_path):
+    if made.architecture.name != "llama":
+        return
+    torch_model = copy.deepcopy(made.model)
+    with torch.no_grad():
+        next(m for m in torch_model.modules() if isinstance(m, torch.nn.Linear)).weight[0, 0] += 1
+    with pytest.raises(UnsupportedError, match=r"changes the weights of 'blk\.0\.attn_q\.weight'"):
+        simulate_checkpoint(torch_model, made.floats, made.spikes)
 
 
 def test_calibration_reaches_all_but_experts(made):

@@ -216,6 +216,19 @@ def test_progress_and_errors_of_the_compiler_are_reported(upstream: Upstream, tm
     assert "cmake.d.log" in str(caught.value.remedy)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_cache_that_has_moved_is_configured_anew(upstream: Upstream, tmp_path: Path, moved: bool) -> None:
+    cmake, ninja = (fake_program(tmp_path / name, "exit 0") for name in ("cmake", "ninja"))
+    folder, tree = tmp_path / "cmake.d", tmp_path / "tree"
+    folder.mkdir()
+    place = tmp_path / "elsewhere" / "tree" if moved else tree
+    (folder / "CMakeCache.txt").write_text(f"# comment\nCMAKE_HOME_DIRECTORY:INTERNAL={place}\n")
+    (folder / "object.o").touch()
+    tools = Toolchain(Path("cc"), Path("c++"), cmake, ninja, "cc 12")
+    compile_tree(tree, folder, Variant("0123456789ab", portable=False), upstream, tools, 1, SILENT)
+    assert (folder / "object.o").exists() != moved
+
+
 def test_cmake_errors_are_told_with_their_second_line() -> None:
     lines = [
         "-- Looking",
@@ -235,6 +248,9 @@ def test_settings_say_what_a_variant_is(upstream: Upstream) -> None:
         and portable.settings(upstream)["GGML_NATIVE"] == "OFF"
     )
     assert stock.targets == ("llama",) and set(patched.targets) > {"llama", "mtmd", "llama-quantize"}
+    alone = Variant("abc", True, library_only=True)
+    assert alone.targets == ("llama", "mtmd") and alone.tools == ()
+    assert alone.settings(upstream) == portable.settings(upstream), "both go on in one folder"
     command = compile_module._configure_command(
         Path("tree"),
         Path("out"),
@@ -283,7 +299,7 @@ class Workshop:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> None:
         self.compiled, self.installed, self.tested = 0, 0, 0
         self.fail: BaseException | None = None
-        monkeypatch.setattr(build_module, "load_upstream", lambda: upstream)
+        monkeypatch.setattr(build_module, "load_upstream", lambda version=None: upstream)
         monkeypatch.setattr(build_module, "compile_tree", self.compile)
         monkeypatch.setattr(build_module, "apply", lambda *arguments: None)
         monkeypatch.setattr(build_module, "_self_test", self.test)
@@ -473,6 +489,7 @@ def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
         report.wheel == tmp_path / "dist" / report.wheel.name
         and len(list(report.wheel.parent.iterdir())) == 1
     )
+    assert report.tools == {} and not (report.folder / "bin").exists(), "nobody gets them with a wheel"
     with zipfile.ZipFile(report.wheel) as archive:
         manifest = archive.read("llama_cpp/lib/spikequant.json")
     assert str(tmp_path).encode() not in manifest and json.loads(manifest)["key"] == report.key
