@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,17 +114,31 @@ def _forget_other_place(folder: Path, tree: Path) -> None:
 def _configure_command(
     tree: Path, folder: Path, variant: Variant, upstream: Upstream, toolchain: Toolchain
 ) -> list[str]:
-    settings = variant.settings(upstream) | {
-        "CMAKE_C_COMPILER": str(toolchain.cc),
-        "CMAKE_CXX_COMPILER": str(toolchain.cxx),
-        "CMAKE_MAKE_PROGRAM": str(toolchain.ninja),
-        # Only names an install destination; nothing is installed by CMake.
-        "SKBUILD_PLATLIB_DIR": str(folder / "platlib"),
-    }
+    settings = (
+        variant.settings(upstream)
+        | _system_settings(toolchain)
+        | {
+            "CMAKE_C_COMPILER": str(toolchain.cc),
+            "CMAKE_CXX_COMPILER": str(toolchain.cxx),
+            "CMAKE_MAKE_PROGRAM": str(toolchain.ninja),
+            # Only names an install destination; nothing is installed by CMake.
+            "SKBUILD_PLATLIB_DIR": str(folder / "platlib"),
+        }
+    )
     if variant.patch_id is not None:
         settings |= {"SPIKEQUANT_PATCH_ID": variant.patch_id, "SPIKEQUANT_PIN": upstream.version}
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
     return [str(toolchain.cmake), "-S", str(tree), "-B", str(folder), "-G", "Ninja", *definitions]
+
+
+def _system_settings(toolchain: Toolchain) -> dict[str, str]:
+    """What a system's compiler wants besides. GCC's own DLLs on Windows are on few machines."""
+    if sys.platform == "win32" and re.search(
+        r"\bgcc|\bg\+\+|\(GCC\)|mingw", toolchain.compiler, re.IGNORECASE
+    ):
+        flags = f"-static {os.environ.get('LDFLAGS', '')}".strip()
+        return {"CMAKE_SHARED_LINKER_FLAGS": flags, "CMAKE_EXE_LINKER_FLAGS": flags}
+    return {}
 
 
 def _run(command: list[str], record: object, log: Path, progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """Builds the patched libraries for another system; compares them, in an emulator, with this machine's.
 
     python tests/cross_build.py aarch64 [--work FOLDER]     # ggml and the whole llama library
-    python tests/cross_build.py windows [--work FOLDER]     # the DLLs of ggml
+    python tests/cross_build.py windows [--work FOLDER]     # the kernels alone, then the DLLs of ggml
 
 Takes some minutes, so it is no part of the tests; those of tests/test_native.py compile the kernels alone.
 Needs a built runtime and, for aarch64, Debian's g++-aarch64-linux-gnu and qemu-user-static; for Windows
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import native_build
 import numpy as np
 from tiny_model import write_tiny_model
 
@@ -43,6 +45,7 @@ class Target:
     """A system to build for.
 
     Attributes:
+        architecture: of its CPU.
         prefix: of its compilers' names.
         emulator: runs its programs.
         packages: of Debian, that hold both.
@@ -50,8 +53,10 @@ class Target:
         libraries: to build, in the order that a linker wants.
         settings: of CMake, besides those of all targets.
         flags: of the linker.
+        environment: of the emulator.
     """
 
+    architecture: str
     prefix: str
     emulator: str
     packages: str
@@ -64,6 +69,7 @@ class Target:
 
 TARGETS = {
     "aarch64": Target(
+        "aarch64",
         "aarch64-linux-gnu",
         "qemu-aarch64-static",
         "g++-aarch64-linux-gnu qemu-user-static",
@@ -78,6 +84,7 @@ TARGETS = {
     ),
     # The DLLs of ggml are what our sources are in, and what they must export symbols from and to.
     "windows": Target(
+        "x86_64",
         "x86_64-w64-mingw32",
         "wine",
         "g++-mingw-w64-x86-64-posix wine64",
@@ -88,8 +95,7 @@ TARGETS = {
             "CMAKE_SYSTEM_PROCESSOR": "AMD64",
             "BUILD_SHARED_LIBS": "ON",
             "GGML_OPENMP": "OFF",  # its threads are then ggml's own, as with Microsoft's compiler
-            "CMAKE_SHARED_LINKER_FLAGS": "-static-libgcc -static-libstdc++ -Wl,-Bstatic,--whole-archive"
-            " -lwinpthread -Wl,--no-whole-archive",
+            "CMAKE_SHARED_LINKER_FLAGS": "-static",
         },
         ("-static",),
         {"WINEDEBUG": "-all", "WINEARCH": "win64"},
@@ -175,6 +181,36 @@ def run(command: list[str | Path], kernel: str, **environment: str) -> str:
     return done.stdout.replace("\r", "")
 
 
+def compare_kernels(target: Target, work: Path) -> bool:
+    """The kernels without ggml against plain C there, and the encoder's codes against those here."""
+    settings = {name: value for name, value in target.settings.items() if name.startswith("CMAKE_SYSTEM")}
+    settings |= {"CMAKE_C_COMPILER": f"{target.prefix}-gcc", "CMAKE_EXE_LINKER_FLAGS": "-static"}
+    options = tuple(f"-D{name}={value}" for name, value in settings.items())
+    foreign = native_build.Target(target.architecture, options, "", (target.emulator,))
+    here = native_build.target_of(native_build.host_architecture())
+    folders = {
+        place: native_build.build(each, work / f"native-{each.architecture}-{place}")
+        for place, each in (("there", foreign), ("here", here))
+    }
+    digests, sound = set(), True
+    for place, runner in (("there", foreign.run), ("here", here.run)):
+        for kernel in native_build.KERNELS[target.architecture if place == "there" else here.architecture]:
+            if not native_build.cpu_runs(kernel):
+                print(f"kernels {place}, {kernel}: NOT RUN, this CPU lacks it")
+                continue
+            suffix = ".exe" if place == "there" and target.emulator == "wine" else ""
+            for name in ("check_kernels", "check_prompts"):
+                text = run(
+                    [*runner, folders[place] / f"{name}{suffix}", kernel], kernel, **target.environment
+                )
+                found = re.findall(r"^(\w+) (\d+) wrong (\d+) ?(.*)$", text, re.M)
+                sound &= bool(found) and all(int(wrong) == 0 < int(number) for _, number, wrong, _ in found)
+                digests |= {rest for subject, _, _, rest in found if subject == "encoder"}
+                compared = ", ".join(f"{number} {subject}" for subject, number, _, _ in found)
+                print(f"kernels {place}, {kernel}: {compared}")
+    return sound and len(digests) == 1
+
+
 def compare_products(target: Target, programs: dict[str, Path], host: dict[str, Path]) -> bool:
     """Codes and outputs of the other system against this machine's, which must be the same bytes."""
     found = {("here", kernel): run([host["check_ggml"]], kernel) for kernel in ("", "plain-c")}
@@ -219,8 +255,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="spikequant-") as folder:
         work = (options.work or Path(folder)).resolve()
         work.mkdir(parents=True, exist_ok=True)
+        target = replace(target, environment=target.environment | {"WINEPREFIX": str(work / "wine")})
+        same = compare_kernels(target, work)
         programs, host = build(target, work), build_for_host(target, work)
-        same = compare_products(target, programs, host)
+        same &= compare_products(target, programs, host)
         if "check_llama" in programs:
             same &= compare_models(target, programs, host, work)
     print("the same" if same else "NOT the same")

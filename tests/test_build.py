@@ -261,6 +261,25 @@ def test_settings_say_what_a_variant_is(upstream: Upstream) -> None:
     assert "-DSPIKEQUANT_PATCH_ID=abc" in command and f"-DSPIKEQUANT_PIN={VERSION}" in command
 
 
+@pytest.mark.parametrize(
+    "system, compiler, static",
+    [
+        ("win32", "gcc.exe (x86_64-posix-seh-rev0, Built by MinGW-Builds project) 13.1.0", True),
+        ("win32", "cc (GCC) 14.2.0", True),
+        ("win32", "clang version 18.1.8", False),
+        ("linux", "gcc (Debian 12.2.0-14) 12.2.0", False),
+    ],
+)
+def test_gcc_on_windows_links_its_own_libraries_in(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, system: str, compiler: str, static: bool
+) -> None:
+    monkeypatch.setattr(compile_module.sys, "platform", system)
+    monkeypatch.setenv("LDFLAGS", "-Wl,--as-needed")
+    tools = Toolchain(*map(Path, ("cc", "c++", "cmake", "ninja")), compiler)
+    command = compile_module._configure_command(Path("t"), Path("o"), Variant("a", True), upstream, tools)
+    assert ("-DCMAKE_SHARED_LINKER_FLAGS=-static -Wl,--as-needed" in command) == static
+
+
 # ---- keys
 
 
@@ -478,6 +497,15 @@ def test_the_wheel_is_reproducible_complete_and_installable(
     subprocess.run([*command, report.wheel], check=True, capture_output=True)
     assert (target / "llama_cpp/llama.py").exists()
     assert (target / "llama_cpp_python-0.3.36.dist-info/licenses/LICENSE-llama.cpp").exists()
+
+
+def test_wheels_of_macs_are_for_their_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the interpreter is for both kinds and for older systems, as python.org's is."""
+    monkeypatch.setattr(package.sys, "platform", "darwin")
+    monkeypatch.setattr(package.sysconfig, "get_platform", lambda: "macosx-10.13-universal2")
+    monkeypatch.setattr(package.platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(package.platform, "machine", lambda: "arm64")
+    assert package._wheel_tag() == "py3-none-macosx_14_0_arm64"
 
 
 def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
