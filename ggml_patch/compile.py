@@ -132,13 +132,18 @@ def _configure_command(
 
 
 def _system_settings(toolchain: Toolchain) -> dict[str, str]:
-    """What a system's compiler wants besides. GCC's own DLLs on Windows are on few machines."""
-    if sys.platform == "win32" and re.search(
-        r"\bgcc|\bg\+\+|\(GCC\)|mingw", toolchain.compiler, re.IGNORECASE
-    ):
-        flags = f"-static {os.environ.get('LDFLAGS', '')}".strip()
-        return {"CMAKE_SHARED_LINKER_FLAGS": flags, "CMAKE_EXE_LINKER_FLAGS": flags}
-    return {}
+    """What a system's linker wants besides: GCC's own DLLs are on few Windows machines, and CMake knows
+    relative places of libraries (CMAKE_BUILD_RPATH_USE_ORIGIN) for ELF alone.
+    """
+    flags = ""
+    if sys.platform == "win32" and re.search(r"\bgcc|\(GCC\)|mingw", toolchain.compiler, re.I):
+        flags = "-static"
+    elif sys.platform == "darwin":
+        flags = "-Wl,-rpath,@loader_path"
+    if not flags:
+        return {}
+    flags = f"{flags} {os.environ.get('LDFLAGS', '')}".strip()
+    return {"CMAKE_SHARED_LINKER_FLAGS": flags, "CMAKE_EXE_LINKER_FLAGS": flags}
 
 
 def _run(command: list[str], record: object, log: Path, progress: Progress) -> None:

@@ -262,22 +262,25 @@ def test_settings_say_what_a_variant_is(upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize(
-    "system, compiler, static",
+    "system, compiler, flag",
     [
-        ("win32", "gcc.exe (x86_64-posix-seh-rev0, Built by MinGW-Builds project) 13.1.0", True),
-        ("win32", "cc (GCC) 14.2.0", True),
-        ("win32", "clang version 18.1.8", False),
-        ("linux", "gcc (Debian 12.2.0-14) 12.2.0", False),
+        ("win32", "gcc.exe (x86_64-posix-seh-rev0, Built by MinGW-Builds project) 13.1.0", "-static"),
+        ("win32", "cc (GCC) 14.2.0", "-static"),
+        ("win32", "clang version 18.1.8", None),
+        ("darwin", "Apple clang version 15.0.0", "-Wl,-rpath,@loader_path"),
+        ("linux", "gcc (Debian 12.2.0-14) 12.2.0", None),
     ],
 )
-def test_gcc_on_windows_links_its_own_libraries_in(
-    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, system: str, compiler: str, static: bool
+def test_linkers_get_what_their_system_wants(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, system: str, compiler: str, flag: str | None
 ) -> None:
     monkeypatch.setattr(compile_module.sys, "platform", system)
     monkeypatch.setenv("LDFLAGS", "-Wl,--as-needed")
     tools = Toolchain(*map(Path, ("cc", "c++", "cmake", "ninja")), compiler)
     command = compile_module._configure_command(Path("t"), Path("o"), Variant("a", True), upstream, tools)
-    assert ("-DCMAKE_SHARED_LINKER_FLAGS=-static -Wl,--as-needed" in command) == static
+    for kind in ("SHARED", "EXE"):
+        found = [each for each in command if each.startswith(f"-DCMAKE_{kind}_LINKER_FLAGS=")]
+        assert found == ([f"-DCMAKE_{kind}_LINKER_FLAGS={flag} -Wl,--as-needed"] if flag else [])
 
 
 # ---- keys
