@@ -8,6 +8,7 @@ spike model = its dequantized version in llama.cpp (to the rounding of activatio
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from converter_server import ConverterServer
 from gguf import GGMLQuantizationType as T
 from graph_spy import SpyModel
 from llama_tools import difference
+from test_serving import serve
 
 from spikequant_gguf import codec
 from spikequant_gguf import format as f
@@ -36,7 +38,7 @@ from spikequant_gguf.errors import UnsupportedError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes
 from spikequant_gguf.gguf_header import read_header
-from spikequant_gguf.runtime import converter_script
+from spikequant_gguf.runtime import converter_script, import_llama_cpp
 from spikequant_gguf.simulate.checkpoint import simulate_checkpoint
 from spikequant_gguf.texts import Text
 
@@ -307,6 +309,32 @@ def test_rows_that_do_not_fit_fall_back_with_a_word(converter, tiny_text, tmp_pa
     assert query.reason == "rows of 96 weights are no multiple of SPK4's 64"
     spikes = outputs(made, made.spikes)
     assert difference(spikes, outputs(made, made.floats)) < _WEIGHTS + _ACTIVATIONS
+
+
+def test_sentences_are_embedded_by_the_server(converter, tmp_path):
+    """A checkpoint as sentence-transformers keeps it, asked by OpenAI's client: the library's own vectors."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(ARCHITECTURES["BERT"], folder)
+    (folder / "1_Pooling").mkdir()
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
+    path = convert(folder, tmp_path / "bert-SPK4.gguf").path
+
+    texts = ["it was the end", "the beginning of a neuron", "it was the end"]
+    llama = import_llama_cpp().Llama(str(path), embedding=True, n_ctx=64, n_threads=1, verbose=False)
+    expected = np.array([entry["embedding"] for entry in llama.create_embedding(texts)["data"]])
+    llama.close()
+    with Embedder(path, ctx_size=64, threads=1) as model:
+        mean = model.states(model.tokenize(texts[0].encode())).mean(axis=0)
+    options = ("--model", str(path), "--model_alias", "bert", "--embedding", "true", "--n_ctx", "64")
+    for client in serve(*options):
+        answer = client.embeddings.create(model="bert", input=texts)
+        found = np.array([entry.embedding for entry in answer.data])
+    assert found.shape == (3, 128)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.linalg.norm(found[0] - mean) < 0.1 * np.linalg.norm(mean), "not the mean over the tokens"
+    assert np.linalg.norm(found[0] - found[1]) > 0.05 * np.linalg.norm(found[0])
 
 
 def test_a_wrong_permutation_is_noticed(converter, tiny_text, tmp_path):
