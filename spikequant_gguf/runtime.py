@@ -151,7 +151,9 @@ def _from_build(path: Path, what: str) -> Path:
     info = require_runtime()
     if info.build is None or not (info.build / path).is_file():
         place = info.build or open_cache().root
-        raise RuntimeMissingError(f"{what} is missing in the build cache ({place})", _BUILD)
+        neighbour = info.pin != load_releases()[0].version
+        remedy = f"run `spikequant build --release {info.pin}`" if neighbour else _BUILD
+        raise RuntimeMissingError(f"{what} is missing in the build cache ({place})", remedy)
     return info.build / path
 
 
