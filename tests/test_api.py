@@ -42,7 +42,8 @@ def test_every_function(tiny_model_f32: Path, tiny_text: Path, tmp_path: Path) -
     options = {"ctx": 64, "chunks": 2, "rounds": 0, "threads": 1}
     comparison = api.compare([back.path, str(report.path)], str(tiny_text), progress=progress, **options)
     assert [row.type for row in comparison.rows] == ["f16", "spk4"] and steps()
-    energy = api.energy(report.path, tiny_text, tokens=32, threads=1)
+    energy = api.energy(report.path, tiny_text, tokens=32, threads=1, progress=progress)
+    assert "count" in steps()
     for each in (report, result, back, comparison, energy):
         assert is_dataclass(each) and type(each).__dataclass_params__.frozen
         json.dumps(each.to_json(), allow_nan=False)
