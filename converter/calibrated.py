@@ -2,8 +2,8 @@
 
 `calibration(...)` gives the function that convert() takes as `calibrate`. It smooths channels, chooses the
 salience threshold of each layer, and then quantizes the layers in the order in which the model computes them
-(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Matrices that are multiplied in another
-way (experts, the output) are quantized without calibration.
+(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Experts are quantized for the inputs of
+the source model (experts.py); matrices that are multiplied elsewhere (the output) without calibration.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from spikequant_gguf.native import NativeLibrary, bind, load
 from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, default_calibration_text
 
+from .experts import calibrate_experts, expert_tensors
 from .inputs import moments, survey
 from .layer_journal import LayerJournal
 from .lockstep import MAX_STRETCHES, Lockstep, calibration_stretches
@@ -177,7 +178,7 @@ class CalibratedQuantizer:
         self, name: str, weights: NDArray[np.float32], matrix: int = 0
     ) -> tuple[NDArray[np.void], TensorStatistics]:
         if name in self._journal:
-            blocks = self._journal.read(name)
+            blocks = self._journal.read(name)[matrix * len(weights) : (matrix + 1) * len(weights)]
             statistics = replace(measure(weights, blocks, self._library), calibrated_weights=weights.size)
         else:
             blocks, statistics = self._direct.quantize(name, weights, matrix)
@@ -327,7 +328,7 @@ def _calibrate(
     workers = Workers(options.threads)
     threads = workers.threads
     path = source.paths[0]
-    # Experts see only the tokens that are routed to them, in products of another kind.
+    experts = expert_tensors(planned)
     plain = [
         tensor.name for tensor in planned.spiking if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
     ]
@@ -347,7 +348,7 @@ def _calibrate(
     encoders = _encoders(surveys, factors, options, library)
     settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
 
-    journal = LayerJournal(options.journal, _fingerprint(path, plain, text, options, library))
+    journal = LayerJournal(options.journal, _fingerprint(path, plain + experts, text, options, library))
     if options.announce is not None:
         options.announce(_estimate(source, sites, tokens, len(journal)))
     done = 0
@@ -364,6 +365,17 @@ def _calibrate(
         used = {name: site for name, site in sites.items() if site in surveys}
         with Lockstep(path, stretches=len(tokens), ctx=options.ctx, threads=threads, sites=used) as lockstep:
             lockstep.run(tokens, layers.on_site, layers.product)
+    calibrate_experts(
+        path,
+        tokens,
+        experts,
+        source,
+        journal,
+        lambda weights, own: quantize_calibrated(library, weights, own, np.zeros_like(own), options, threads),
+        library,
+        threads=threads,
+        report=lambda name: progress(CALIBRATE, name, experts.index(name) + 1, len(experts)),
+    )
     quantizer = CalibratedQuantizer(
         library,
         journal,
