@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +19,8 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_values
 from spikequant_gguf.gguf_header import read_header
-from spikequant_gguf.native import bind, load
 
 from .structure import Site
 
@@ -33,7 +31,6 @@ MAX_STRETCHES = 256
 
 _FLAG_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: nodes without it are left out
 _ABORTED = 2
-_TYPE_F32 = 0
 # Layers behind the last attention see only tokens whose logits are asked for. Not all: logits are large.
 _OUTPUT_EVERY = 4
 
@@ -126,7 +123,7 @@ class BatchModel(Model):
         if self._stopped:
             return False
         node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
-        if node.op != _mul_mat():
+        if node.op != operation_number("MUL_MAT"):
             return not ask
         name = self._names.get(TensorStruct.from_address(node.src[0]).name)
         if name is None:
@@ -138,7 +135,8 @@ class BatchModel(Model):
         try:
             if self._replaced:
                 node.flags |= _FLAG_COMPUTE
-            result = self._on_input(name, _values(TensorStruct.from_address(node.src[1])))
+            x = tensor_values(TensorStruct.from_address(node.src[1]))
+            result = self._on_input(name, np.ascontiguousarray(x).reshape(-1, x.shape[-1]))
             if self._replaced:
                 assert result is not None and result.flags.c_contiguous
                 ctypes.memmove(node.data, result.ctypes.data, result.nbytes)
@@ -285,27 +283,3 @@ def calibration_stretches(
     if model.bos is not None:
         chosen[:, 0] = model.bos
     return chosen
-
-
-@cache
-def _mul_mat() -> int:
-    """GGML_OP_MUL_MAT of the installed ggml."""
-    base = load().base
-    bind(base, {"ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,))})
-    return next(op for op in range(256) if base.ggml_op_name(op) == b"MUL_MAT")
-
-
-def _values(x: TensorStruct) -> NDArray[np.float32]:
-    """The data of a tensor as float32[rows, n], a view unless its rows lie scattered."""
-    if x.type != _TYPE_F32:
-        raise SpikeQuantError("inputs of a linear layer are not floats", "convert with --no-calibration")
-    size = x.ne[0]
-    extent = x.nb[3] * x.ne[3]
-    raw = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(x.data))
-    strided = np.lib.stride_tricks.as_strided(
-        raw.view(np.float32),
-        shape=(x.ne[3], x.ne[2], x.ne[1], size),
-        strides=(x.nb[3], x.nb[2], x.nb[1], x.nb[0]),
-        writeable=False,
-    )
-    return np.ascontiguousarray(strided).reshape(-1, size)

@@ -23,12 +23,21 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import InputError, UnsupportedError
 from .native import NativeLibrary, bind, load
 
-__all__ = ["MatMul", "TensorStruct", "buffer_types", "mul_mat", "mul_mat_id"]
+__all__ = [
+    "MatMul",
+    "TensorStruct",
+    "buffer_types",
+    "mul_mat",
+    "mul_mat_id",
+    "operation_number",
+    "tensor_values",
+]
 
 PLAIN_BUFFER = "CPU"
 _TYPE_F32, _TYPE_I32 = 0, 26
 _USAGE_WEIGHTS = 1
 _STATUS_SUCCESS = 0
+_MAX_OPERATIONS = 64  # fewer than ggml has: it does not check the number
 _OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts beside the tensor
 
 
@@ -58,6 +67,7 @@ class _InitParams(ctypes.Structure):
 
 
 _BASE = {
+    "ggml_op_name": (c_char_p, (c_int,)),
     "ggml_init": (c_void_p, (_InitParams,)),
     "ggml_free": (None, (c_void_p,)),
     "ggml_tensor_overhead": (c_size_t, ()),
@@ -342,6 +352,33 @@ def mul_mat_id(
         product.set_input(values, chosen)
         product.compute()
         return product.output()
+
+
+@cache
+def operation_number(name: str) -> int:
+    """The number of an operation in the `op` of a TensorStruct, for example of "MUL_MAT".
+
+    Raises UnsupportedError if the installed ggml has none of that name.
+    """
+    op_name = _ggml(load()).op_name
+    for number in range(_MAX_OPERATIONS):
+        if op_name(number) == name.encode():
+            return number
+    raise UnsupportedError(f"this ggml has no operation {name}", "run `spikequant build`")
+
+
+def tensor_values(tensor: TensorStruct) -> NDArray[np.float32] | NDArray[np.int32]:
+    """A view of a tensor's values, float32 or int32, its dimensions in NumPy's order (ggml's reversed).
+
+    Raises UnsupportedError for tensors of other types.
+    """
+    dtypes = {_TYPE_F32: np.float32, _TYPE_I32: np.int32}
+    if tensor.type not in dtypes:
+        raise UnsupportedError(f"the values of '{tensor.name.decode()}' are neither float32 nor int32", None)
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    n_bytes = 4 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (c_char * n_bytes).from_address(tensor.data)
+    return np.ndarray(shape, dtypes[tensor.type], memory, strides=strides)
 
 
 def buffer_types(library: NativeLibrary | None = None) -> list[str]:
