@@ -358,7 +358,7 @@ def _calibrate(
 
     journal = LayerJournal(options.journal, _fingerprint(path, plain, text, options, library))
     if options.announce is not None:
-        options.announce(_estimate(source, sites, tokens, len(journal)))
+        options.announce(_estimate(source, sites, tokens, options.correction > 0, len(journal)))
     done = 0
 
     def report(item: str) -> None:
@@ -425,7 +425,7 @@ def _fingerprint(
 
 
 def _estimate(
-    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], finished: int
+    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], correction: bool, finished: int
 ) -> Estimate:
     """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays."""
     n_tokens = tokens.size
@@ -443,7 +443,7 @@ def _estimate(
     memory = n_tokens * (2 * 2 * 2 * keys + 2 * 6 * 4 * widest) + 6 * 8 * max(sizes.values(), default=0) ** 2
     return Estimate(
         tokens=n_tokens,
-        products=2.0 * n_tokens * weights + 1.5 * n_tokens * squares + 14.0 * cubes,
+        products=2.0 * n_tokens * weights + (1.5 if correction else 0.5) * n_tokens * squares + 14.0 * cubes,
         memory=memory,
         available=available_memory(),
         finished=finished,
