@@ -76,9 +76,9 @@ class CalibrationOptions:
     salient_share: float | None = None
     silence: float | None = None
     ctx: int = 512
-    chunks: int = 32
+    chunks: int = 64
     threads: int | None = None
-    damping: float = 0.01
+    damping: float = 0.2
     correction: float = 0.25
     smoothing: bool = True
     journal: Path | None = None
@@ -220,7 +220,14 @@ class _LayerQuantizer:
     def on_site(self, site: Site, x: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
         missing = [name for name in site.readers if name not in self._journal]
         if missing:
-            own, cross = moments(x, seen, self._factors.get(site), self._library, self._threads)
+            own, cross = moments(
+                x,
+                seen,
+                self._factors.get(site),
+                self._library,
+                self._threads,
+                deviations=self._options.correction > 0,
+            )
             for name in missing:
                 self._journal.add(name, self._quantize(name, own, cross))
         self._report(site.readers[0])
@@ -254,7 +261,9 @@ class _LayerQuantizer:
         outputs = self._scaling_of_outputs(name)
         return result if outputs is None else result / outputs
 
-    def _quantize(self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32]) -> NDArray[np.void]:
+    def _quantize(
+        self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32] | None
+    ) -> NDArray[np.void]:
         tensor = self._source.tensors[name]
         weights = self._source.read_rows(name, 0, tensor.n_rows)
         transform = self._transforms.get(name)
@@ -271,7 +280,7 @@ def quantize_calibrated(
     library: NativeLibrary,
     weights: NDArray[np.float32],
     own: NDArray[np.float32],
-    cross: NDArray[np.float32],
+    cross: NDArray[np.float32] | None,
     options: CalibrationOptions,
     threads: int,
 ) -> NDArray[np.void]:
@@ -284,7 +293,7 @@ def quantize_calibrated(
     done = library.cpu.spike_quantize_calibrated(
         rotated.ctypes.data,
         own.ctypes.data,
-        cross.ctypes.data if options.correction else None,
+        None if cross is None else cross.ctypes.data,
         rows,
         n_in,
         _NativeOptions(
@@ -350,7 +359,7 @@ def _calibrate(
 
     journal = LayerJournal(options.journal, _fingerprint(path, plain + experts, text, options, library))
     if options.announce is not None:
-        options.announce(_estimate(source, sites, tokens, len(journal)))
+        options.announce(_estimate(source, sites, tokens, options.correction > 0, len(journal)))
     done = 0
 
     def report(item: str) -> None:
@@ -428,7 +437,7 @@ def _fingerprint(
 
 
 def _estimate(
-    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], finished: int
+    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], correction: bool, finished: int
 ) -> Estimate:
     """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays."""
     n_tokens = tokens.size
@@ -439,16 +448,14 @@ def _estimate(
     widest = max(
         (max(tensor.n_in, tensor.n_rows) for tensor in map(source.tensors.get, sites) if tensor), default=0
     )
-    layers = len({name.split(".")[1] for name in sites})
-    hidden = min(sizes.values(), default=0)
-    # keys and values of both models, six activations of a layer each, the batch's attention, and the moments
-    memory = (
-        n_tokens * (2 * layers * 2 * 2 * hidden + 2 * 6 * 4 * widest)
-        + 6 * 8 * max(sizes.values(), default=0) ** 2
-    )
+    keys = sum(tensor.n_rows for tensor in source.tensors.values() if tensor.name.endswith("attn_k.weight"))
+    if not keys:  # not told apart from queries and values
+        keys = len({name.split(".")[1] for name in sites}) * min(sizes.values(), default=0)
+    # keys and values of both models in half precision, six activations of a layer each, and the moments
+    memory = n_tokens * (2 * 2 * 2 * keys + 2 * 6 * 4 * widest) + 6 * 8 * max(sizes.values(), default=0) ** 2
     return Estimate(
         tokens=n_tokens,
-        products=2.0 * n_tokens * weights + 1.5 * n_tokens * squares + 14.0 * cubes,
+        products=2.0 * n_tokens * weights + (1.5 if correction else 0.5) * n_tokens * squares + 14.0 * cubes,
         memory=memory,
         available=available_memory(),
         finished=finished,

@@ -8,8 +8,10 @@ on with the outputs of the quantized layer. Works for every architecture that ll
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,7 +67,7 @@ class BatchModel(Model):
         self._stretches, self._ctx = stretches, ctx
         self._names = {name.encode(): name for name in names}
         self._on_input, self._replaced = on_input, replaced
-        self._stopped = False
+        self._stopped = self._begun = False
         self._error: BaseException | None = None
         super().__init__(path, ctx_size=stretches * ctx, threads=threads)
 
@@ -122,6 +124,9 @@ class BatchModel(Model):
         """ggml_backend_sched_eval_callback: asked before a node is computed, and told afterwards."""
         if self._stopped:
             return False
+        if not self._begun:
+            self._begun = True
+            self._give_back_logits()
         node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
         if node.op != operation_number("MUL_MAT"):
             return not ask
@@ -144,6 +149,24 @@ class BatchModel(Model):
             self._error = error
             self.stop()
         return True
+
+    def _give_back_logits(self) -> None:
+        """Frees the pages of llama.cpp's buffer of logits: cleared and so touched by it, but of no use here.
+
+        They would take more than all the rest. Written to after all, they are there again.
+        """
+        address = ctypes.cast(self.api.llama_get_logits(self._context), ctypes.c_void_p).value
+        if not address:
+            return
+        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_outputs = self._stretches * self._ctx // _OUTPUT_EVERY  # or more
+        size = address + 4 * n_outputs * self.n_vocab - first
+        with suppress(OSError, AttributeError):  # no POSIX: then they stay
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(first),
+                ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE),
+                ctypes.c_int(mmap.MADV_DONTNEED),
+            )
 
 
 class Lockstep:
