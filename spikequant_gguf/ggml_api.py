@@ -132,7 +132,8 @@ class MatMul:
     routed, it may also be ``float32[n_tokens, experts_used, n_inputs]`` if ``input_per_expert``. salience,
     silence: the tensor's own encoder settings, 0 for the defaults (SPK4 only). use_reference: compute without
     the optimized kernels. copies: of weights and input, whose products follow each other in one graph like a
-    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this CPU's buffer type does not take such a product.
+    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this CPU's
+    buffer type does not take such a product.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class MatMul:
             products.append((matrices, ggml.mul_mat_id(of_graph, matrices, self._inputs[0], self._ids)))
         self._weights, self._result = products[-1]
         for matrix, _ in products:
-            # The model loader keeps encoder settings here, where a weight tensor has no use for its parameters.
+            # The model loader keeps encoder settings here: a weight tensor has no use for its parameters.
             parameters = TensorStruct.from_address(matrix).op_params
             ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
 

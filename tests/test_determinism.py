@@ -110,9 +110,7 @@ PROMPT = [1 + i * 7 % 300 for i in range(70)]  # enough for the tiles of llama.c
 PARTS = [[70], [69, 1], [33, 37], [1] * 70]
 
 
-def test_spike_products_are_those_of_any_division(
-    runtime: RuntimeInfo, tiny_models: dict[str, Path]
-) -> None:
+def test_spike_products_are_those_of_any_division(runtime: RuntimeInfo, tiny_models: dict[str, Path]) -> None:
     """A product whose inputs are the same has the same outputs, however many tokens are computed with it.
 
     Attention, which is llama.cpp's own, sums in another order for many queries; so later layers see others.
@@ -126,7 +124,9 @@ def test_spike_products_are_those_of_any_division(
                 model.products.clear()
                 model.decode(PROMPT[position : position + size], position, outputs=1)
                 position += size
-            last.append({each.weights: (each.x[-1].tobytes(), each.y[-1].tobytes()) for each in model.products})
+            last.append(
+                {each.weights: (each.x[-1].tobytes(), each.y[-1].tobytes()) for each in model.products}
+            )
     whole, *others = last
     for divided in others:
         assert divided.keys() == whole.keys() and len(whole) > 10

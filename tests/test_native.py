@@ -137,7 +137,10 @@ def test_a_cpu_with_sse4_but_without_avx_gives_the_same(program: Callable[[str],
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     here = report_of(built, "x86_64", "plain-c")
-    assert here and all(f"{subject} {number} wrong 0 {rest}".rstrip() in done.stdout for subject, (number, _, rest) in here.items())
+    assert here and all(
+        f"{subject} {number} wrong 0 {rest}".rstrip() in done.stdout
+        for subject, (number, _, rest) in here.items()
+    )
 
 
 def test_unknown_kernel_is_refused(program: Callable[[str], Path]) -> None:
