@@ -2,8 +2,8 @@
 
 The time is that of a MUL_MAT in a graph, as llama.cpp runs it: the input is float32, its encoding counts.
 For one token the weights come from memory, as in a model: the graph multiplies copies of the matrix, one
-after the other, that take several last-level caches, each with an input of its own. For several tokens one copy is
-used again and again. A shape is rows x inputs.
+after the other, that take several last-level caches, each with an input of its own. For several tokens one
+copy is used again and again. A shape is rows x inputs.
 
 Activations are normal with some outlier channels. SPK4's silence threshold is set so that the shares of
 silent inputs are those of --silent-shares; rows state what was encoded.

@@ -132,8 +132,8 @@ class MatMul:
     routed, it may also be ``float32[n_tokens, experts_used, n_inputs]`` if ``input_per_expert``. salience,
     silence: the tensor's own encoder settings, 0 for the defaults (SPK4 only). use_reference: compute without
     the optimized kernels. copies: of weights and input, whose products follow each other in one graph like a
-    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this CPU's
-    buffer type does not take such a product.
+    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this
+    CPU's buffer type does not take such a product.
     """
 
     def __init__(

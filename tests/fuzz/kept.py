@@ -1,8 +1,8 @@
-"""kept.py TARGET WHY FILE...: keeps inputs of a native fuzz target, crashes above all, for every test run to come.
+"""kept.py TARGET WHY FILE...: keeps inputs of a native fuzz target, crashes above all, for every test run.
 
-They become lines of kept/TARGET.txt, in hexadecimal digits with the reason behind them. `test_fuzz.py` replays all of
-them with sanitizers, and `make fuzz` starts from them. What a reader or the runtime falls over becomes a case of
-`tests/hostile.py` instead, which makes the file. PYTHONPATH names the folder of the tests.
+They become lines of kept/TARGET.txt, in hexadecimal digits with the reason behind them. `test_fuzz.py`
+replays all of them with sanitizers, and `make fuzz` starts from them. What a reader or the runtime falls over
+becomes a case of `tests/hostile.py` instead, which makes the file. PYTHONPATH names the folder of the tests.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ models that the runtime loads, and for NEON kernels in an emulator where there i
 FUZZ_INPUTS and FUZZ_FILES are numbers instead of times, which do not depend on what else the machine does: so
 many inputs for the native code, so many damaged files for readers and runtime; what is not given is left out.
 
-Inputs that lead to new code stay in build/fuzz, so that the next run goes on from them; what crashes lies beside
-them, and kept.py makes a test of it. PYTHONPATH names the folder of the tests.
+Inputs that lead to new code stay in build/fuzz, so that the next run goes on from them; what crashes lies
+beside them, and kept.py makes a test of it. PYTHONPATH names the folder of the tests.
 """
 
 from __future__ import annotations
