@@ -28,7 +28,6 @@ from spikequant_gguf.files import atomic_path
 from spikequant_gguf.ggml_api import buffer_types
 from spikequant_gguf.ggml_patch.cache import make_folder
 from spikequant_gguf.ggml_patch.progress import Progress
-from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
 from spikequant_gguf.host import HostFacts, host_facts
 from spikequant_gguf.journal import Journal
 from spikequant_gguf.runtime import require_runtime
@@ -101,9 +100,9 @@ def run(
     console = Console(json_output=options.json, quiet=options.quiet, verbose=options.verbose)
     with console.exit_codes(SystemExit):
         host = host_facts()
-        require_runtime()
+        installed = require_runtime()
         require_fast_kernel(host)
-        identity = [name, arguments, host.to_json(), patch_id(load_upstream())]
+        identity = [name, arguments, host.to_json(), installed.patch_id]
         options.journal = Journal(options.results / f"{name}.unfinished.jsonl", identity)
         with console.progress() as progress:
             measured = measure(options, progress)

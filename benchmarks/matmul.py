@@ -1,8 +1,9 @@
 """Speed of one matrix product by weight type, through ggml's public interface, relative to Q4_0.
 
-The time is that of a graph with one MUL_MAT, as llama.cpp runs it: the input is float32, its encoding counts.
-For one token the weights come from memory, as in a model: copies of the matrix, in rotation, take several
-last-level caches. For several tokens one copy is used again and again. A shape is rows x inputs.
+The time is that of a MUL_MAT in a graph, as llama.cpp runs it: the input is float32, its encoding counts.
+For one token the weights come from memory, as in a model: the graph multiplies copies of the matrix, one
+after the other, that take several last-level caches, each with an input of its own. For several tokens one
+copy is used again and again. A shape is rows x inputs.
 
 Activations are normal with some outlier channels. SPK4's silence threshold is set so that the shares of
 silent inputs are those of --silent-shares; rows state what was encoded.
@@ -47,7 +48,7 @@ from spikequant_gguf import codec
 from spikequant_gguf.compare import BASELINE_TYPE
 from spikequant_gguf.errors import SpikeQuantError, UnsupportedError
 from spikequant_gguf.format import DEFAULT_SALIENCE, MAX_SILENCE, TYPE_SPK4
-from spikequant_gguf.ggml_api import PLAIN_BUFFER, MatMul, buffer_types
+from spikequant_gguf.ggml_api import MAX_COPIES, PLAIN_BUFFER, MatMul, buffer_types
 from spikequant_gguf.ggml_patch.progress import Progress
 from spikequant_gguf.host import default_threads, host_facts
 from spikequant_gguf.llama_log import redirect_log
@@ -136,11 +137,13 @@ class Coding:
 
 
 class Copies:
-    """Products of equal copies of one matrix, computed in rotation. Close it after use.
+    """Products of equal copies of one matrix, one after the other in a graph, as a model's layers are.
+
+    Close it after use.
 
     Args:
         x: float32[tokens, inputs].
-        least_bytes: of all copies together; 0 makes one.
+        least_bytes: of all copies together, as far as a graph takes them; 0 makes one.
         coding: of SPK4 products.
     """
 
@@ -158,37 +161,30 @@ class Copies:
         distinct = _distinct_weights(native, kind, shape)
         packed = np.resize(distinct, (shape.rows, distinct.shape[1]))  # repeats the rows
         self.matrix_bytes = packed.nbytes
-        self._next = 0
-        with ExitStack() as stack:
-            self._products: list[MatMul] = []
-            for _ in range(max(1, math.ceil(least_bytes / packed.nbytes))):
-                product = MatMul(
-                    *(TYPES[kind], packed, shape.inputs, len(x)),
-                    buffer=buffer,
-                    threads=threads,
-                    salience=DEFAULT_SALIENCE if coding else 0.0,
-                    silence=coding.silence if coding else 0.0,
-                    library=native,
-                )
-                self._products.append(stack.enter_context(product))
-                product.set_input(x)
-                product.compute()
-            _check_output(kind, native.dequantize(TYPES[kind], distinct, shape.inputs), x, self._products[0])
-            self._stack = stack.pop_all()
-
-    def __len__(self) -> int:
-        return len(self._products)
+        self.number = min(MAX_COPIES, max(1, math.ceil(least_bytes / packed.nbytes)))
+        self._product = MatMul(
+            *(TYPES[kind], packed, shape.inputs, len(x)),
+            buffer=buffer,
+            threads=threads,
+            salience=DEFAULT_SALIENCE if coding else 0.0,
+            silence=coding.silence if coding else 0.0,
+            copies=self.number,
+            library=native,
+        )
+        try:
+            self._product.set_input(x)
+            self._product.compute()
+            _check_output(kind, native.dequantize(TYPES[kind], distinct, shape.inputs), x, self._product)
+        except BaseException:
+            self.close()
+            raise
 
     def sample(self, repeats: int) -> float:
-        """Seconds per product, over `repeats` products of successive copies."""
-        total = 0.0
-        for _ in range(repeats):
-            total += self._products[self._next].compute()
-            self._next = (self._next + 1) % len(self._products)
-        return total / repeats
+        """Seconds per product, over `repeats` rounds of all copies."""
+        return sum(self._product.compute() for _ in range(repeats)) / (repeats * self.number)
 
     def close(self) -> None:
-        self._stack.close()
+        self._product.close()
 
     def __enter__(self) -> Copies:
         return self
@@ -340,7 +336,7 @@ def _measure_case(
             buffer = _buffer(kind, shape, tokens)
             for coding in [_coding(x, share) for share in shares] if kind == SPIKE_TYPE else [None]:
                 copies = stack.enter_context(Copies(kind, shape, x, threads, buffer, least_bytes, coding))
-                repeats = max(1, round(options.sample_ms / 1e3 / copies.sample(len(copies))))
+                repeats = max(1, round(options.sample_ms / 1e3 / (copies.number * copies.sample(1))))
                 name = kind if coding is None else f"{kind} {coding.silence}"
                 subjects[name] = lambda copies=copies, repeats=repeats: copies.sample(repeats)
                 paths[name], codings[name], sizes[name] = buffer, coding, copies.matrix_bytes

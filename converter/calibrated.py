@@ -2,8 +2,8 @@
 
 `calibration(...)` gives the function that convert() takes as `calibrate`. It smooths channels, chooses the
 salience threshold of each layer, and then quantizes the layers in the order in which the model computes them
-(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Matrices that are multiplied in another
-way (experts, the output) are quantized without calibration.
+(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Experts are quantized for the inputs of
+the source model (experts.py); matrices that are multiplied elsewhere (the output) without calibration.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from spikequant_gguf.native import NativeLibrary, bind, load
 from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, default_calibration_text
 
+from .experts import calibrate_experts, expert_tensors
 from .inputs import moments, survey
 from .layer_journal import LayerJournal
 from .lockstep import MAX_STRETCHES, Lockstep, calibration_stretches
@@ -75,9 +76,9 @@ class CalibrationOptions:
     salient_share: float | None = None
     silence: float | None = None
     ctx: int = 512
-    chunks: int = 32
+    chunks: int = 64
     threads: int | None = None
-    damping: float = 0.01
+    damping: float = 0.2
     correction: float = 0.25
     smoothing: bool = True
     journal: Path | None = None
@@ -177,7 +178,7 @@ class CalibratedQuantizer:
         self, name: str, weights: NDArray[np.float32], matrix: int = 0
     ) -> tuple[NDArray[np.void], TensorStatistics]:
         if name in self._journal:
-            blocks = self._journal.read(name)
+            blocks = self._journal.read(name)[matrix * len(weights) : (matrix + 1) * len(weights)]
             statistics = replace(measure(weights, blocks, self._library), calibrated_weights=weights.size)
         else:
             blocks, statistics = self._direct.quantize(name, weights, matrix)
@@ -219,7 +220,14 @@ class _LayerQuantizer:
     def on_site(self, site: Site, x: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
         missing = [name for name in site.readers if name not in self._journal]
         if missing:
-            own, cross = moments(x, seen, self._factors.get(site), self._library, self._threads)
+            own, cross = moments(
+                x,
+                seen,
+                self._factors.get(site),
+                self._library,
+                self._threads,
+                deviations=self._options.correction > 0,
+            )
             for name in missing:
                 self._journal.add(name, self._quantize(name, own, cross))
         self._report(site.readers[0])
@@ -253,7 +261,9 @@ class _LayerQuantizer:
         outputs = self._scaling_of_outputs(name)
         return result if outputs is None else result / outputs
 
-    def _quantize(self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32]) -> NDArray[np.void]:
+    def _quantize(
+        self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32] | None
+    ) -> NDArray[np.void]:
         tensor = self._source.tensors[name]
         weights = self._source.read_rows(name, 0, tensor.n_rows)
         transform = self._transforms.get(name)
@@ -270,7 +280,7 @@ def quantize_calibrated(
     library: NativeLibrary,
     weights: NDArray[np.float32],
     own: NDArray[np.float32],
-    cross: NDArray[np.float32],
+    cross: NDArray[np.float32] | None,
     options: CalibrationOptions,
     threads: int,
 ) -> NDArray[np.void]:
@@ -283,7 +293,7 @@ def quantize_calibrated(
     done = library.cpu.spike_quantize_calibrated(
         rotated.ctypes.data,
         own.ctypes.data,
-        cross.ctypes.data if options.correction else None,
+        None if cross is None else cross.ctypes.data,
         rows,
         n_in,
         _NativeOptions(
@@ -327,7 +337,7 @@ def _calibrate(
     workers = Workers(options.threads)
     threads = workers.threads
     path = source.paths[0]
-    # Experts see only the tokens that are routed to them, in products of another kind.
+    experts = expert_tensors(planned)
     plain = [
         tensor.name for tensor in planned.spiking if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
     ]
@@ -347,9 +357,9 @@ def _calibrate(
     encoders = _encoders(surveys, factors, options, library)
     settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
 
-    journal = LayerJournal(options.journal, _fingerprint(path, plain, text, options, library))
+    journal = LayerJournal(options.journal, _fingerprint(path, plain + experts, text, options, library))
     if options.announce is not None:
-        options.announce(_estimate(source, sites, tokens, len(journal)))
+        options.announce(_estimate(source, sites, tokens, options.correction > 0, len(journal)))
     done = 0
 
     def report(item: str) -> None:
@@ -364,6 +374,17 @@ def _calibrate(
         used = {name: site for name, site in sites.items() if site in surveys}
         with Lockstep(path, stretches=len(tokens), ctx=options.ctx, threads=threads, sites=used) as lockstep:
             lockstep.run(tokens, layers.on_site, layers.product)
+    calibrate_experts(
+        path,
+        tokens,
+        experts,
+        source,
+        journal,
+        lambda weights, own: quantize_calibrated(library, weights, own, np.zeros_like(own), options, threads),
+        library,
+        threads=threads,
+        report=lambda name: progress(CALIBRATE, name, experts.index(name) + 1, len(experts)),
+    )
     quantizer = CalibratedQuantizer(
         library,
         journal,
@@ -416,7 +437,7 @@ def _fingerprint(
 
 
 def _estimate(
-    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], finished: int
+    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], correction: bool, finished: int
 ) -> Estimate:
     """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays."""
     n_tokens = tokens.size
@@ -427,16 +448,14 @@ def _estimate(
     widest = max(
         (max(tensor.n_in, tensor.n_rows) for tensor in map(source.tensors.get, sites) if tensor), default=0
     )
-    layers = len({name.split(".")[1] for name in sites})
-    hidden = min(sizes.values(), default=0)
-    # keys and values of both models, six activations of a layer each, the batch's attention, and the moments
-    memory = (
-        n_tokens * (2 * layers * 2 * 2 * hidden + 2 * 6 * 4 * widest)
-        + 6 * 8 * max(sizes.values(), default=0) ** 2
-    )
+    keys = sum(tensor.n_rows for tensor in source.tensors.values() if tensor.name.endswith("attn_k.weight"))
+    if not keys:  # not told apart from queries and values
+        keys = len({name.split(".")[1] for name in sites}) * min(sizes.values(), default=0)
+    # keys and values of both models in half precision, six activations of a layer each, and the moments
+    memory = n_tokens * (2 * 2 * 2 * keys + 2 * 6 * 4 * widest) + 6 * 8 * max(sizes.values(), default=0) ** 2
     return Estimate(
         tokens=n_tokens,
-        products=2.0 * n_tokens * weights + 1.5 * n_tokens * squares + 14.0 * cubes,
+        products=2.0 * n_tokens * weights + (1.5 if correction else 0.5) * n_tokens * squares + 14.0 * cubes,
         memory=memory,
         available=available_memory(),
         finished=finished,

@@ -19,6 +19,7 @@ from pathlib import Path
 from gguf.constants import GGMLQuantizationType
 
 from spikequant_gguf.errors import InputError, OutputError, SpikeQuantError, UnsupportedError
+from spikequant_gguf.ggml_patch.cache import link_or_copy
 from spikequant_gguf.runtime import converter_script
 
 from .progress import CHECKPOINT, DOWNLOAD, Progress, no_progress
@@ -247,7 +248,10 @@ def _link_files(checkpoint: Checkpoint, workspace: Path) -> Path:
     for name, path in checkpoint.files.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path.resolve())
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:  # Windows lets few users make symbolic links
+            link_or_copy(path.resolve(), link)
     return folder
 
 

@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .system import BINARY
+
 __all__ = ["Fingerprint", "Journal", "TensorRecord", "write_all"]
 
 Fingerprint = Mapping[str, str]
@@ -109,7 +111,7 @@ class Journal:
             self._file = -1
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
     def _append(self, entry: Mapping[str, object]) -> None:
         text = json.dumps(entry).encode()

@@ -8,9 +8,10 @@ on with the outputs of the quantized layer. Works for every architecture that ll
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Mapping
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +21,8 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_values
 from spikequant_gguf.gguf_header import read_header
-from spikequant_gguf.native import bind, load
 
 from .structure import Site
 
@@ -33,7 +33,6 @@ MAX_STRETCHES = 256
 
 _FLAG_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: nodes without it are left out
 _ABORTED = 2
-_TYPE_F32 = 0
 # Layers behind the last attention see only tokens whose logits are asked for. Not all: logits are large.
 _OUTPUT_EVERY = 4
 
@@ -68,7 +67,7 @@ class BatchModel(Model):
         self._stretches, self._ctx = stretches, ctx
         self._names = {name.encode(): name for name in names}
         self._on_input, self._replaced = on_input, replaced
-        self._stopped = False
+        self._stopped = self._begun = False
         self._error: BaseException | None = None
         super().__init__(path, ctx_size=stretches * ctx, threads=threads)
 
@@ -125,8 +124,11 @@ class BatchModel(Model):
         """ggml_backend_sched_eval_callback: asked before a node is computed, and told afterwards."""
         if self._stopped:
             return False
+        if not self._begun:
+            self._begun = True
+            self._give_back_logits()
         node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
-        if node.op != _mul_mat():
+        if node.op != operation_number("MUL_MAT"):
             return not ask
         name = self._names.get(TensorStruct.from_address(node.src[0]).name)
         if name is None:
@@ -138,7 +140,8 @@ class BatchModel(Model):
         try:
             if self._replaced:
                 node.flags |= _FLAG_COMPUTE
-            result = self._on_input(name, _values(TensorStruct.from_address(node.src[1])))
+            x = tensor_values(TensorStruct.from_address(node.src[1]))
+            result = self._on_input(name, np.ascontiguousarray(x).reshape(-1, x.shape[-1]))
             if self._replaced:
                 assert result is not None and result.flags.c_contiguous
                 ctypes.memmove(node.data, result.ctypes.data, result.nbytes)
@@ -146,6 +149,24 @@ class BatchModel(Model):
             self._error = error
             self.stop()
         return True
+
+    def _give_back_logits(self) -> None:
+        """Frees the pages of llama.cpp's buffer of logits: cleared and so touched by it, but of no use here.
+
+        They would take more than all the rest. Written to after all, they are there again.
+        """
+        address = ctypes.cast(self.api.llama_get_logits(self._context), ctypes.c_void_p).value
+        if not address:
+            return
+        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_outputs = self._stretches * self._ctx // _OUTPUT_EVERY  # or more
+        size = address + 4 * n_outputs * self.n_vocab - first
+        with suppress(OSError, AttributeError):  # no POSIX: then they stay
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(first),
+                ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE),
+                ctypes.c_int(mmap.MADV_DONTNEED),
+            )
 
 
 class Lockstep:
@@ -285,27 +306,3 @@ def calibration_stretches(
     if model.bos is not None:
         chosen[:, 0] = model.bos
     return chosen
-
-
-@cache
-def _mul_mat() -> int:
-    """GGML_OP_MUL_MAT of the installed ggml."""
-    base = load().base
-    bind(base, {"ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,))})
-    return next(op for op in range(256) if base.ggml_op_name(op) == b"MUL_MAT")
-
-
-def _values(x: TensorStruct) -> NDArray[np.float32]:
-    """The data of a tensor as float32[rows, n], a view unless its rows lie scattered."""
-    if x.type != _TYPE_F32:
-        raise SpikeQuantError("inputs of a linear layer are not floats", "convert with --no-calibration")
-    size = x.ne[0]
-    extent = x.nb[3] * x.ne[3]
-    raw = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(x.data))
-    strided = np.lib.stride_tricks.as_strided(
-        raw.view(np.float32),
-        shape=(x.ne[3], x.ne[2], x.ne[1], size),
-        strides=(x.nb[3], x.nb[2], x.nb[1], x.nb[0]),
-        writeable=False,
-    )
-    return np.ascontiguousarray(strided).reshape(-1, size)

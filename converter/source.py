@@ -23,6 +23,7 @@ from spikequant_gguf.format import TYPE_SPK4, TYPE_SPKA
 from spikequant_gguf.gguf_header import GGUFHeader, MetadataValue, TensorInfo, read_header
 
 from .metadata import RawMetadata, read_raw_metadata
+from .system import BINARY, read_at
 
 __all__ = ["Decoder", "Source", "SourceTensor", "gguf_files", "open_gguf"]
 
@@ -117,7 +118,7 @@ class Source:
         self._files: list[int] = []
         try:
             for path in paths:
-                self._files.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+                self._files.append(os.open(path, os.O_RDONLY | BINARY))
         except OSError as error:
             self.close()
             raise InputError(
@@ -164,7 +165,7 @@ class Source:
         pieces = []
         while size > 0:
             try:
-                piece = os.pread(self._files[tensor.part], min(size, _READ_BYTES), offset)
+                piece = read_at(self._files[tensor.part], min(size, _READ_BYTES), offset)
             except OSError as error:
                 raise InputError(
                     f"{path}: tensor '{name}' cannot be read: {error.strerror or error}", "check the disk"

@@ -14,10 +14,7 @@ from pathlib import Path
 
 from spikequant_gguf.errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # no POSIX: what a killed conversion left stays
-    fcntl = None
+from .system import RENAMES_OPEN_FILES, try_lock
 
 __all__ = ["workspace"]
 
@@ -38,24 +35,29 @@ def workspace(parent: Path) -> Iterator[Path]:
         ) from error
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(lock)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _remove(folder, lock)
 
 
 def _remove_abandoned(parent: Path) -> None:
     """Removes the folders that nobody holds a lock on any more."""
-    if fcntl is None or not parent.is_dir():
+    if not parent.is_dir():
         return
     for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
+            if try_lock(lock):
+                _remove(folder, lock)
+            else:
                 os.close(lock)
+
+
+def _remove(folder: Path, lock: int) -> None:
+    """Removes the folder while its lock is held, where an open file can be removed."""
+    if not RENAMES_OPEN_FILES:
+        os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)
+    if RENAMES_OPEN_FILES:
+        os.close(lock)

@@ -35,11 +35,7 @@ from .fingerprint import DIFFERENCES
 from .journal import Fingerprint, Journal, TensorRecord, write_all
 from .metadata import RawMetadata, encode_string
 from .progress import RESUME, VERIFY, Progress, no_progress
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: two writers of one file are not noticed
-    fcntl = None
+from .system import BINARY, RENAMES_OPEN_FILES, read_at, try_lock
 
 __all__ = ["Layout", "OutputFile", "OutputTensor", "TensorRecord", "check_output", "check_space"]
 
@@ -182,7 +178,7 @@ class OutputFile:
             self._journal.delete()  # of a writer that was killed when all was done
         check_output(self.path, self._force, self._sources)
         try:
-            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
             self._lock()
             self._journal.read()
         except (OSError, SpikeQuantError) as error:
@@ -307,6 +303,8 @@ class OutputFile:
                 self._resumable = False  # what is damaged is not kept
                 raise
             check_output(self.path, self._force)  # another program may have made it meanwhile
+            if not RENAMES_OPEN_FILES:
+                self._close()
             os.replace(self._partial, self.path)
         except OSError as error:
             raise self._error(error) from error
@@ -350,10 +348,7 @@ class OutputFile:
         )
         layout = self._begun()
         self._forget_cached()
-        if (
-            os.fstat(self._file).st_size != layout.file_bytes
-            or os.pread(self._file, len(header), 0) != header
-        ):
+        if os.fstat(self._file).st_size != layout.file_bytes or read_at(self._file, len(header), 0) != header:
             raise problem
         try:
             found = read_header(self._partial)
@@ -376,7 +371,7 @@ class OutputFile:
         digest, rotation = hashlib.sha256(), None
         for start in range(0, record.n_bytes, step):
             size = min(step, record.n_bytes - start)
-            data = os.pread(self._file, size, record.offset + start)
+            data = read_at(self._file, size, record.offset + start)
             digest.update(data)
             if len(data) != size:
                 return False
@@ -404,14 +399,8 @@ class OutputFile:
 
     def _lock(self) -> None:
         """Refuses a second writer of the same file."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise self._busy() from error
-        except OSError:
-            return  # a file system without locks
+        if not try_lock(self._file):
+            raise self._busy()
         # The other writer may have renamed what we opened just before it let go.
         try:
             same = os.path.samestat(os.fstat(self._file), os.stat(self._partial))
@@ -444,8 +433,10 @@ class OutputFile:
         )
 
     def _discard(self) -> None:
+        if not RENAMES_OPEN_FILES:
+            self._close()
         with suppress(OSError):
-            os.unlink(self._partial)  # while it is still locked
+            os.unlink(self._partial)  # while it is still locked, where that is possible
         self._journal.delete()
         self._close()
 

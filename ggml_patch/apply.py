@@ -61,11 +61,11 @@ def apply(
 ) -> ApplyReport:
     """Bring ``tree``, the root of an unpacked source package, into the patched state.
 
-    Raises InputError if it is not the pinned package or was changed by hand, BuildError if the series does
-    not fit.
+    upstream: the release that it must be; None for any that the series is made for. Raises InputError if it
+    is another package or was changed by hand, BuildError if the series does not fit.
     """
     tree = Path(tree)
-    upstream = upstream or load_upstream()
+    upstream = upstream or load_upstream(version=_version(tree, load_upstream()))
     source = source or PatchSource()
     check_version(tree, upstream)
     stamp = _read_stamp(tree)
@@ -108,18 +108,23 @@ def remove(tree: Path | str) -> ApplyReport:
 
 
 def check_version(tree: Path, upstream: Upstream) -> None:
-    """Raise InputError unless ``tree`` holds the pinned version of llama-cpp-python."""
+    """Raise InputError unless ``tree`` holds this release of llama-cpp-python."""
+    version = _version(tree, upstream)
+    if version != upstream.version:
+        raise InputError(
+            f"this is llama-cpp-python {version}, but the patch is made for {upstream.version}",
+            f"use {upstream.sdist}",
+        )
+
+
+def _version(tree: Path, upstream: Upstream) -> str:
     version = read_version(_read(tree / "llama_cpp" / "__init__.py") or b"")
     if version is None:
         raise InputError(
             f"{tree} is not an unpacked llama-cpp-python source package",
             f"give the folder that {upstream.sdist} unpacks to",
         )
-    if version != upstream.version:
-        raise InputError(
-            f"this is llama-cpp-python {version}, but the patch is made for {upstream.version}",
-            f"use {upstream.sdist}",
-        )
+    return version
 
 
 def read_version(content: bytes) -> str | None:

@@ -3,8 +3,8 @@
 Builds are cached by pin, patch and settings, so the same thing is never compiled twice; interrupted ones
 resume.
 
-    python -m spikequant_gguf.ggml_patch.build [--unpatched] [--portable] [--wheel FOLDER] [--sdist PATH]
-                                               [--jobs N] [--force]
+    python -m spikequant_gguf.ggml_patch.build [--release VERSION] [--unpatched] [--portable] [--wheel FOLDER]
+                                               [--sdist PATH] [--jobs N] [--force]
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class BuildReport:
 
 def build(
     *,
+    release: str | None = None,
     portable: bool = False,
     unpatched: bool = False,
     sdist: Path | str | None = None,
@@ -93,18 +94,19 @@ def build(
 ) -> BuildReport:
     """Build and install the patched llama-cpp-python, or make the unpatched one for comparisons.
 
-    portable: do not use the CPU's newest instructions (on x86: up to AVX2, FMA and F16C). unpatched: only the
+    release: another llama-cpp-python that the patch is made for; the pin if None. portable: do not use the
+    CPU's newest instructions (on x86: up to AVX2, FMA and F16C). unpatched: only the
     llama library of the same pin, never installed. sdist: a source package got by hand. force: build again
     from a fresh tree. wheel: a folder for a wheel to hand on, which is a portable build that is not installed
-    here. keep_tree: leave the unpacked tree for short rebuilds (default: if
-    ``$SPIKEQUANT_KEEP_TREE`` is set). progress: shows the steps; silent if None. Raises BuildError,
+    here and has none of llama.cpp's programs. keep_tree: leave the unpacked tree for short rebuilds (default:
+    if ``$SPIKEQUANT_KEEP_TREE`` is set). progress: shows the steps; silent if None. Raises BuildError,
     InputError or OutputError with a remedy.
     """
     if wheel is not None:
         if unpatched:
             raise InputError("there is no wheel of the unpatched library", "leave out one of the two options")
         portable, install = True, False
-    job = _job(portable, unpatched)
+    job = _job(portable, unpatched, release, library_only=wheel is not None)
     keep = bool(os.environ.get(KEEP_TREE_VARIABLE)) if keep_tree is None else keep_tree
     timer = StepTimer(progress or SilentProgress())
     installing = install and not unpatched
@@ -191,10 +193,11 @@ class _Job:
         return self.cache.work(f"{self.variant.name}-{short_hash(self.upstream.sha256, *self._recipe)[:8]}")
 
 
-def _job(portable: bool, unpatched: bool) -> _Job:
-    upstream = load_upstream()
+def _job(portable: bool, unpatched: bool, release: str | None = None, library_only: bool = False) -> _Job:
+    upstream = load_upstream(version=release)
     source = None if unpatched else PatchSource()
-    return _Job(open_cache(), upstream, source, Variant(source and patch_id(upstream, source), portable))
+    variant = Variant(source and patch_id(upstream, source), portable, library_only)
+    return _Job(open_cache(), upstream, source, variant)
 
 
 def _make(job: _Job, sdist: Path | None, jobs: int, timer: StepTimer) -> None:
@@ -242,7 +245,8 @@ def _clean_up(job: _Job, keep: bool) -> None:
     if not keep:
         remove_folder(job.work)
     elif job.source is not None:
-        patched = [manifest["key"] for manifest in job.cache.builds() if manifest["patch_id"] is not None]
+        same = [found for found in job.cache.builds() if found["pin"] == job.upstream.version]
+        patched = [manifest["key"] for manifest in same if manifest["patch_id"] is not None]
         for old in [key for key in patched if key != job.key][_KEPT_BUILDS - 1 :]:
             remove_folder(job.cache.build(old))
 
@@ -292,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m spikequant_gguf.ggml_patch.build", description=build.__doc__
     )
+    parser.add_argument("--release", metavar="VERSION", help="another release that the patch is made for")
     parser.add_argument("--portable", action="store_true", help="a library for other CPUs of this kind, too")
     parser.add_argument(
         "--unpatched", action="store_true", help="the unpatched library, for comparisons; not installed"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from spikequant_gguf.errors import BuildError
 
-from .cache import make_folder
+from .cache import make_folder, remove_folder
 from .progress import Progress
 from .toolchain import Toolchain
 from .upstream import Upstream
@@ -24,10 +25,13 @@ _LIBRARY_TARGETS = ("llama", "mtmd")
 
 @dataclass(frozen=True)
 class Variant:
-    """What to compile. ``patch_id`` is None for the unpatched build, which has only the llama library."""
+    """What to compile. ``patch_id`` is None for the unpatched build, which has only the llama library.
+    ``library_only``: without llama.cpp's programs, for a wheel to hand on.
+    """
 
     patch_id: str | None
     portable: bool
+    library_only: bool = False
 
     @property
     def name(self) -> str:
@@ -36,17 +40,17 @@ class Variant:
 
     @property
     def tools(self) -> tuple[str, ...]:
-        return () if self.patch_id is None else TOOLS
+        return () if self.patch_id is None or self.library_only else TOOLS
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return ("llama",) if self.patch_id is None else (*_LIBRARY_TARGETS, *TOOLS)
+        return ("llama",) if self.patch_id is None else (*_LIBRARY_TARGETS, *self.tools)
 
     def settings(self, upstream: Upstream) -> dict[str, str]:
         """CMake cache variables, without paths and without the patch id: part of the key of a build."""
-        with_tools = "ON" if self.tools else "OFF"
+        patched = self.patch_id is not None
         # Layers on other machines: a small library, which does nothing until a server is named.
-        remote = {"GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF"} if self.tools else {}
+        remote = {"GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF"} if patched else {}
         return remote | {
             "CMAKE_BUILD_TYPE": "Release",
             # One file per library, named as it is linked and as Python loads it. With libggml.so and
@@ -56,10 +60,9 @@ class Variant:
             "GGML_NATIVE": "OFF" if self.portable else "ON",
             "GGML_CCACHE": "OFF",
             "LLAMA_BUILD": "ON",
-            # With the tools, libmtmd comes from vendor/llama.cpp/tools; LLAVA_BUILD would define it a second
-            # time.
+            # libmtmd comes from vendor/llama.cpp/tools; LLAVA_BUILD would define it a second time.
             "LLAVA_BUILD": "OFF",
-            "LLAMA_BUILD_TOOLS": with_tools,
+            "LLAMA_BUILD_TOOLS": "ON" if patched else "OFF",
             "LLAMA_TOOLS_INSTALL": "OFF",
             "LLAMA_BUILD_TESTS": "OFF",
             "LLAMA_BUILD_EXAMPLES": "OFF",
@@ -85,6 +88,7 @@ def compile_tree(
 
     An interrupted compilation goes on where it stopped. Raises BuildError with the first compiler error.
     """
+    _forget_other_place(folder, tree)
     make_folder(folder)
     log = folder.with_name(folder.name + ".log")
     with log.open("w", encoding="utf-8", buffering=1) as record:
@@ -96,20 +100,50 @@ def compile_tree(
     return folder / "bin"
 
 
+def _forget_other_place(folder: Path, tree: Path) -> None:
+    """Removes what CMake left there if the cache has moved since: it refuses to go on elsewhere."""
+    try:
+        text = (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    found = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", text, re.MULTILINE)
+    if found is None or Path(found.group(1)) != tree:
+        remove_folder(folder)
+
+
 def _configure_command(
     tree: Path, folder: Path, variant: Variant, upstream: Upstream, toolchain: Toolchain
 ) -> list[str]:
-    settings = variant.settings(upstream) | {
-        "CMAKE_C_COMPILER": str(toolchain.cc),
-        "CMAKE_CXX_COMPILER": str(toolchain.cxx),
-        "CMAKE_MAKE_PROGRAM": str(toolchain.ninja),
-        # Only names an install destination; nothing is installed by CMake.
-        "SKBUILD_PLATLIB_DIR": str(folder / "platlib"),
-    }
+    settings = (
+        variant.settings(upstream)
+        | _system_settings(toolchain)
+        | {
+            "CMAKE_C_COMPILER": str(toolchain.cc),
+            "CMAKE_CXX_COMPILER": str(toolchain.cxx),
+            "CMAKE_MAKE_PROGRAM": str(toolchain.ninja),
+            # Only names an install destination; nothing is installed by CMake.
+            "SKBUILD_PLATLIB_DIR": str(folder / "platlib"),
+        }
+    )
     if variant.patch_id is not None:
         settings |= {"SPIKEQUANT_PATCH_ID": variant.patch_id, "SPIKEQUANT_PIN": upstream.version}
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
     return [str(toolchain.cmake), "-S", str(tree), "-B", str(folder), "-G", "Ninja", *definitions]
+
+
+def _system_settings(toolchain: Toolchain) -> dict[str, str]:
+    """What a system's linker wants besides: GCC's own DLLs are on few Windows machines, and CMake knows
+    relative places of libraries (CMAKE_BUILD_RPATH_USE_ORIGIN) for ELF alone.
+    """
+    flags = ""
+    if sys.platform == "win32" and re.search(r"\bgcc|\(GCC\)|mingw", toolchain.compiler, re.I):
+        flags = "-static"
+    elif sys.platform == "darwin":
+        flags = "-Wl,-rpath,@loader_path"
+    if not flags:
+        return {}
+    flags = f"{flags} {os.environ.get('LDFLAGS', '')}".strip()
+    return {"CMAKE_SHARED_LINKER_FLAGS": flags, "CMAKE_EXE_LINKER_FLAGS": flags}
 
 
 def _run(command: list[str], record: object, log: Path, progress: Progress) -> None:

@@ -9,6 +9,8 @@ import csv
 import hashlib
 import io
 import json
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -148,7 +150,11 @@ def _write_metadata(tree: Path, python: Path, upstream: Upstream) -> None:
 
 
 def _wheel_tag() -> str:
-    return "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    system = sysconfig.get_platform()
+    if sys.platform == "darwin":
+        # For this macOS and processor, though the interpreter may be for older ones and for both.
+        system = f"macosx_{platform.mac_ver()[0].partition('.')[0]}_0_{platform.machine()}"
+    return "py3-none-" + re.sub(r"[-.]", "_", system)
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes, executable: bool) -> None:

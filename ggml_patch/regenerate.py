@@ -6,7 +6,8 @@
 
 Each changed file stays in the (last) patch that touches it, subjects and explanations stay as they are. Files
 that no patch touches yet go to the patch named by ``--into``. Nothing is written unless the new series
-applied to the pinned source package gives exactly this tree. The hashes in UPSTREAM.toml are renewed with it.
+applied to the pinned source package gives exactly this tree, and fits the neighbouring releases, too: each
+hunk gets as much context as all of them share. The hashes in UPSTREAM.toml are renewed with it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import itertools
 import re
 import sys
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +30,14 @@ from .apply import ORIGINALS, STAMP, check_version
 from .cache import open_cache
 from .fetch import find_sdist
 from .progress import SilentProgress, print_error
-from .upstream import UPSTREAM_FILE, PatchSource, Upstream, load_upstream
+from .upstream import UPSTREAM_FILE, PatchSource, Upstream, load_releases
 
 _CONTEXT = 3
+# Lines of context before and behind a hunk's changes, most first.
+_CONTEXTS = sorted(
+    itertools.product(range(_CONTEXT + 1), repeat=2),
+    key=lambda lines: (-sum(lines), abs(lines[0] - lines[1])),
+)
 _BUILD_OUTPUT = (STAMP, f"{ORIGINALS}/", "llama_cpp/lib/", ".git/")
 
 
@@ -40,6 +48,14 @@ class _Patch:
     file: Path
     header: str
     files: dict[str, tuple[bytes | None, bytes]]
+
+
+@dataclass
+class _Neighbour:
+    """Another release, and the content of its files so far patched."""
+
+    upstream: Upstream
+    files: dict[str, bytes]
 
 
 def regenerate(
@@ -55,7 +71,7 @@ def regenerate(
     the patch for files that no patch touches yet. Raises InputError or BuildError, and then has written
     nothing.
     """
-    upstream = load_upstream(upstream_file)
+    upstream, *others = load_releases(upstream_file)
     source = source or PatchSource()
     check_version(tree, upstream)
     pristine = _read_sdist(find_sdist(open_cache(), upstream, sdist, SilentProgress()), upstream)
@@ -63,7 +79,9 @@ def regenerate(
     prefix = f"{upstream.spike_folder}/"
     hooks = {path: content for path, content in edited.items() if not path.startswith(prefix)}
     patches = _assign(source, pristine, hooks, into)
-    outputs = {patch.file: _format(patch) for patch in patches if patch.files}
+    neighbours = _read_neighbours(others, hooks)
+    unpatched = {release.upstream.version: dict(release.files) for release in neighbours}
+    outputs = {patch.file: _format(patch, neighbours) for patch in patches if patch.files}
     _check(outputs, pristine, hooks)
     dropped = [patch.file for patch in patches if not patch.files]
 
@@ -74,9 +92,8 @@ def regenerate(
         if path.startswith(prefix)
     }
     dropped += [path for name, path in source.spike_files().items() if prefix + name not in edited]
-    outputs[upstream_file] = _with_hashes(
-        upstream_file, {path: pristine[path] for path in hooks if path in pristine}
-    )
+    touched = {path: pristine[path] for path in hooks if path in pristine}
+    outputs[upstream_file] = _with_hashes(upstream_file, touched, unpatched)
     written = [path for path, content in outputs.items() if not path.exists() or path.read_bytes() != content]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,28 +106,49 @@ def regenerate(
 def renew_hashes(
     sdist: Path | None = None, source: PatchSource | None = None, upstream_file: Path = UPSTREAM_FILE
 ) -> list[Path]:
-    """Write the hashes of the files that the series changes, after patches were edited by hand."""
-    upstream = load_upstream(upstream_file)
+    """Write the hashes of the files that the series changes, after patches were edited by hand.
+
+    Raises BuildError if a hunk does not fit the pin or one of its neighbours.
+    """
+    upstream, *others = load_releases(upstream_file)
     pristine = _read_sdist(find_sdist(open_cache(), upstream, sdist, SilentProgress()), upstream)
-    touched = {
-        change.path
+    changes = [
+        (patch.name, change)
         for patch in (source or PatchSource()).patches()
         for change in unidiff.parse(patch.read_bytes(), patch.name)
-    }
-    content = _with_hashes(upstream_file, {path: pristine[path] for path in touched if path in pristine})
+    ]
+    touched = {change.path: pristine[change.path] for _, change in changes if change.path in pristine}
+    neighbours = _read_neighbours(others, touched)
+    unpatched = {release.upstream.version: dict(release.files) for release in neighbours}
+    for release in (_Neighbour(upstream, dict(touched)), *neighbours):
+        for name, change in changes:
+            content = release.files.get(change.path, b"")
+            release.files[change.path] = unidiff.apply_hunks(content, change, name)
+    content = _with_hashes(upstream_file, touched, unpatched)
     if upstream_file.read_bytes() == content:
         return []
     upstream_file.write_bytes(content)
     return [upstream_file]
 
 
-def _read_sdist(sdist: Path, upstream: Upstream) -> dict[str, bytes]:
+def _read_neighbours(releases: list[Upstream], names: Iterable[str]) -> list[_Neighbour]:
+    """The files of these names in the other releases."""
+    wanted = set(names)
+    found = []
+    for upstream in releases:
+        sdist = find_sdist(open_cache(), upstream, None, SilentProgress())
+        found.append(_Neighbour(upstream, _read_sdist(sdist, upstream, wanted)))
+    return found
+
+
+def _read_sdist(sdist: Path, upstream: Upstream, names: set[str] | None = None) -> dict[str, bytes]:
+    """Content of the package's files, of those in ``names`` if it is given."""
     top = upstream.sdist.removesuffix(".tar.gz") + "/"
     with tarfile.open(sdist) as archive:
         return {
             member.name.removeprefix(top): archive.extractfile(member).read()  # type: ignore[union-attr]
             for member in archive
-            if member.isfile()
+            if member.isfile() and (names is None or member.name.removeprefix(top) in names)
         }
 
 
@@ -168,30 +206,80 @@ def _assign(
     return patches
 
 
-def _format(patch: _Patch) -> bytes:
+def _format(patch: _Patch, neighbours: list[_Neighbour]) -> bytes:
+    """Text of a patch; it is applied to the neighbours as well."""
     parts = [patch.header.encode()]
     for path, (before, after) in patch.files.items():
         parts.append(f"diff --git a/{path} b/{path}\n".encode())
         if before is None:
             parts.append(b"new file mode 100644\n")
         parts.append(f"--- {f'a/{path}' if before is not None else '/dev/null'}\n+++ b/{path}\n".encode())
-        parts += _hunks(unidiff.split_lines(before or b""), unidiff.split_lines(after))
+        change = unidiff.FilePatch(path, before is None)
+        for group in _groups(unidiff.split_lines(before or b""), unidiff.split_lines(after)):
+            parts += _fit(group, before or b"", after, change, neighbours)
+        for release in neighbours:
+            release.files[path] = unidiff.apply_hunks(release.files.get(path, b""), change, patch.file.name)
     return b"".join(parts)
 
 
-def _hunks(before: list[bytes], after: list[bytes]) -> list[bytes]:
-    """Unified diff without its two header lines."""
-    lines = []
-    for group in difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(_CONTEXT):
-        first, last = group[0], group[-1]
-        old, new = _range(first[1], last[2]), _range(first[3], last[4])
-        lines.append(f"@@ -{old} +{new} @@\n".encode())
-        for kind, i1, i2, j1, j2 in group:
-            if kind == "equal":
-                lines += [_line(b" ", line) for line in before[i1:i2]]
-            else:
-                lines += [_line(b"-", line) for line in before[i1:i2]]
-                lines += [_line(b"+", line) for line in after[j1:j2]]
+_Group = list[tuple[str, int, int, int, int]]
+
+
+def _groups(before: list[bytes], after: list[bytes]) -> Iterable[_Group]:
+    """What differs, in groups of difflib's opcodes that make one hunk each."""
+    return difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(_CONTEXT)
+
+
+def _fit(
+    group: _Group, before: bytes, after: bytes, change: unidiff.FilePatch, neighbours: list[_Neighbour]
+) -> list[bytes]:
+    """Text of a hunk with as much context as fits every release; the hunk is added to ``change``."""
+    old, new = unidiff.split_lines(before), unidiff.split_lines(after)
+    contents = [unidiff.split_lines(release.files.get(change.path, b"")) for release in neighbours]
+    for lead, trail in _CONTEXTS:
+        trimmed = _trim(group, lead, trail)
+        hunk = _hunk(old, new, trimmed)
+        trial = unidiff.FilePatch(change.path, change.creates, [*change.hunks, hunk])
+        at_home = unidiff.place_hunks(old, trial)[-1] == max(hunk.start - 1, 0)
+        if at_home and all(unidiff.place_hunks(lines, trial)[-1] is not None for lines in contents):
+            change.hunks.append(hunk)
+            return _text(old, new, trimmed, hunk.heading)
+    versions = " and ".join(release.upstream.version for release in neighbours)
+    raise BuildError(
+        f"no context of the hunk of {change.path} at line {group[0][1] + 1} fits {versions}, too",
+        "hook another place, or take a neighbour that differs out of UPSTREAM.toml",
+    )
+
+
+def _trim(group: _Group, lead: int, trail: int) -> _Group:
+    """The group with that many lines of context at its ends, if it has more."""
+    trimmed = list(group)
+    if trimmed[0][0] == "equal":
+        kind, i1, i2, j1, j2 = trimmed[0]
+        cut = max(i2 - i1 - lead, 0)
+        trimmed[0] = (kind, i1 + cut, i2, j1 + cut, j2)
+    if trimmed[-1][0] == "equal":
+        kind, i1, i2, j1, j2 = trimmed[-1]
+        cut = max(i2 - i1 - trail, 0)
+        trimmed[-1] = (kind, i1, i2 - cut, j1, j2 - cut)
+    return trimmed
+
+
+def _hunk(old: list[bytes], new: list[bytes], group: _Group) -> unidiff.Hunk:
+    (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
+    return unidiff.Hunk(i1 + (i2 > i1), unidiff.heading(old, i1), old[i1:i2], new[j1:j2])
+
+
+def _text(old: list[bytes], new: list[bytes], group: _Group, heading: bytes) -> list[bytes]:
+    (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
+    ranges = f"@@ -{_range(i1, i2)} +{_range(j1, j2)} @@".encode()
+    lines = [ranges + (b" " + heading if heading else b"") + b"\n"]
+    for kind, i1, i2, j1, j2 in group:
+        if kind == "equal":
+            lines += [_line(b" ", line) for line in old[i1:i2]]
+        else:
+            lines += [_line(b"-", line) for line in old[i1:i2]]
+            lines += [_line(b"+", line) for line in new[j1:j2]]
     return lines
 
 
@@ -218,16 +306,24 @@ def _check(outputs: dict[Path, bytes], pristine: dict[str, bytes], hooks: dict[s
             )
 
 
-def _with_hashes(upstream_file: Path, files: dict[str, bytes]) -> bytes:
-    """UPSTREAM.toml with a new [files] table, which is its last one."""
+def _with_hashes(
+    upstream_file: Path, files: dict[str, bytes], neighbours: dict[str, dict[str, bytes]]
+) -> bytes:
+    """UPSTREAM.toml with new tables of hashes, which stand at its end."""
     text = upstream_file.read_text(encoding="utf-8")
     head, marker, _ = text.partition("\n[files]\n")
     if not marker:
         raise InputError(f"{upstream_file} has no [files] table", "add one at its end")
-    rows = [
-        f'"{path}" = "{hashlib.sha256(content).hexdigest()}"\n' for path, content in sorted(files.items())
+    tables = [head + marker + _hash_rows(files)]
+    tables += [
+        f'[neighbour_files."{version}"]\n{_hash_rows(contents)}' for version, contents in neighbours.items()
     ]
-    return (head + marker + "".join(rows)).encode()
+    return "\n".join(tables).encode()
+
+
+def _hash_rows(files: dict[str, bytes]) -> str:
+    digests = {path: hashlib.sha256(content).hexdigest() for path, content in sorted(files.items())}
+    return "".join(f'"{path}" = "{digest}"\n' for path, digest in digests.items())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """Unified diffs, applied strictly: line numbers may be off, content may not.
 
 No `patch` or `git` program is needed. A hunk applies where all of its old lines are found: at the stated
-line, or else in exactly one place below the hunk before it. Anything else is refused.
+line, or else in exactly one place below the hunk before it. Where they are found more than once, the heading
+behind the hunk's line numbers (the function that it belongs to, as git and `diff -p` write it) decides.
+Anything else is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass, field
 
 from spikequant_gguf.errors import BuildError
 
-_HUNK = re.compile(rb"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_HUNK = re.compile(rb"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(?: (.*))?")
+_HEADING = re.compile(rb"[A-Za-z_$]")
+_HEADING_BYTES = 80  # what git keeps of a heading
 _NO_NEWLINE = b"\\ No newline at end of file"
 _UNSUPPORTED = (
     b"rename from ",
@@ -26,10 +30,11 @@ _UNSUPPORTED = (
 @dataclass
 class Hunk:
     """Lines (with their line ends) before and after; ``start`` is the 1-based first old line, 0 in a new
-    file.
+    file. ``heading``: see the function of that name; empty if the patch states none.
     """
 
     start: int
+    heading: bytes = b""
     old: list[bytes] = field(default_factory=list)
     new: list[bytes] = field(default_factory=list)
 
@@ -118,15 +123,25 @@ def split_lines(content: bytes) -> list[bytes]:
     return re.findall(rb"[^\n]*\n|[^\n]+", content)
 
 
+def heading(lines: list[bytes], at: int) -> bytes:
+    """The line above ``at`` that names its function, by git's default rule; empty if there is none."""
+    for line in reversed(lines[:at]):
+        if _HEADING.match(line):
+            return line[:_HEADING_BYTES].rstrip()
+    return b""
+
+
 def _find(lines: list[bytes], hunk: Hunk, done: int, offset: int) -> int | None:
     """Index of the hunk's first old line, or None if it is nowhere or ambiguous."""
     size = len(hunk.old)
     if not size:  # without context only a new file's content has a certain place
         return None if lines else 0
-    stated = hunk.start - 1 + offset
-    if stated >= done and lines[stated : stated + size] == hunk.old:
-        return stated
     places = [at for at in range(done, len(lines) - size + 1) if lines[at : at + size] == hunk.old]
+    if hunk.heading and len(places) > 1:
+        places = [at for at in places if heading(lines, at) == hunk.heading]
+    stated = hunk.start - 1 + offset
+    if stated in places:
+        return stated
     return places[0] if len(places) == 1 else None
 
 
@@ -153,8 +168,8 @@ def _read_hunk(lines: list[bytes], at: int, patch: FilePatch, name: str) -> int:
     header = _HUNK.match(lines[at])
     if header is None:
         raise _broken(name, at, "the hunk header is malformed")
-    start, old_count, _, new_count = (1 if number is None else int(number) for number in header.groups())
-    hunk = Hunk(start)
+    start, old_count, _, new_count = (1 if number is None else int(number) for number in header.groups()[:4])
+    hunk = Hunk(start, (header.group(5) or b"").rstrip())
     first = at
     at += 1
     last: tuple[list[bytes], ...] = ()

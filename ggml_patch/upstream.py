@@ -1,4 +1,6 @@
-"""The pin: which llama-cpp-python the patch belongs to, and the identity of the patch itself."""
+"""The pin: which llama-cpp-python the patch belongs to, its neighbours that the patch fits, too, and the
+identity of the patch itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikequant_gguf.errors import BuildError
+from spikequant_gguf.errors import BuildError, InputError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,7 +25,7 @@ PATCH_ID_LENGTH = 12
 
 @dataclass(frozen=True)
 class Upstream:
-    """Contents of ``UPSTREAM.toml``.
+    """A release as ``UPSTREAM.toml`` describes it.
 
     ``files`` maps a path in the source package to the sha256 (hex) of its unpatched content.
     """
@@ -85,13 +87,36 @@ class PatchSource:
             yield f"spike/{name}", path.read_bytes()
 
 
-def load_upstream(path: Path = UPSTREAM_FILE) -> Upstream:
-    """Read the pin. Raises BuildError if the file is missing or incomplete."""
+def load_releases(path: Path = UPSTREAM_FILE) -> list[Upstream]:
+    """The releases that the series fits, the pin first, then its neighbours. Raises BuildError if the file is
+    missing or incomplete.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Upstream(**document["pin"], files=dict(document.get("files", {})))
+        pin, hashes = document["pin"], document.get("neighbour_files", {})
+        neighbours = [
+            Upstream(**pin | facts | {"version": version}, files=dict(hashes.get(version, {})))
+            for version, facts in document.get("neighbours", {}).items()
+        ]
+        return [Upstream(**pin, files=dict(document.get("files", {}))), *neighbours]
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise BuildError(f"{path} is not a valid pin: {error}", "Install spikequant-gguf again.") from error
+
+
+def load_upstream(path: Path = UPSTREAM_FILE, version: str | None = None) -> Upstream:
+    """The pin, or its neighbour of that version. Raises BuildError if the file is missing or incomplete,
+    InputError if the series is not made for that version.
+    """
+    releases = load_releases(path)
+    found = releases[0] if version is None else next((r for r in releases if r.version == version), None)
+    if found is None:
+        known = ", ".join(release.version for release in releases)
+        raise InputError(
+            f"the patch is not made for {releases[0].project} {version}",
+            f"choose one of {known}; what another would take says "
+            f"`python -m spikequant_gguf.ggml_patch.canary {version}`",
+        )
+    return found
 
 
 def source_hash(upstream: Upstream, source: PatchSource | None) -> str:

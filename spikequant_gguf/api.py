@@ -1,9 +1,9 @@
 """The functions of this package for Python programs: what the commands do, without the terminal.
 
-    from spikequant_gguf import api
+    from spikequant_gguf import convert, perplexity
 
-    report = api.convert("model-F16.gguf", "model-SPK4.gguf")
-    print(report.bits_per_weight, api.perplexity(report.path, "wiki.test.raw").ppl)
+    report = convert("model-F16.gguf", "model-SPK4.gguf")
+    print(report.bits_per_weight, perplexity(report.path, "wiki.test.raw").ppl)
 
 Every function returns a frozen dataclass with ``to_json()``, raises SpikeQuantError with a sentence and a
 remedy, keeps no state and, given ``progress``, calls it with (step, units done, units in all). There is no
@@ -121,20 +121,27 @@ def compare(
     return run([_path(model) for model in models], _text(text), progress=_steps(progress), **options)
 
 
-def energy(model: PathLike, text: Text | PathLike | None = None, **options: Any) -> EnergyResult:
+def energy(
+    model: PathLike,
+    text: Text | PathLike | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> EnergyResult:
     """What the linear layers of a spike model do for a text, and what that costs by cited constants.
 
     Args:
         model: GGUF file with SPK4 tensors.
         text: as of `perplexity`.
-        options: tokens, decode, constants and threads of energy.energy.
+        progress: see this module.
+        options: tokens, phases, shape, constants, measuring and threads of energy.energy.
 
     Raises:
         InputError: the text is too short, or the model has no spikes.
     """
     from .energy import energy as run
 
-    return run(_path(model), _text(text), **options)
+    return run(_path(model), _text(text), progress=_steps(progress), **options)
 
 
 def dequantize(

@@ -16,7 +16,7 @@ from .errors import BuildError, RuntimeMissingError
 from .ggml_patch.cache import CACHE_VARIABLE, open_cache
 from .ggml_patch.compile import TOOLS
 from .ggml_patch.toolchain import cpu_features, find_build_program, find_compiler, version_line
-from .ggml_patch.upstream import load_upstream, patch_id
+from .ggml_patch.upstream import load_releases, load_upstream, patch_id
 from .runtime import ABI, RuntimeInfo, converter_script, find_runtime, tool
 
 __all__ = ["Check", "DoctorReport", "doctor"]
@@ -61,7 +61,7 @@ def doctor() -> DoctorReport:
     info = find_runtime()
     return DoctorReport(
         (
-            *_package(),
+            *_package(info),
             *_runtime(info),
             *_tools(info),
             *_toolchain(needed=info.problem is not None),
@@ -72,8 +72,9 @@ def doctor() -> DoctorReport:
     )
 
 
-def _package() -> list[Check]:
-    upstream = load_upstream()
+def _package(info: RuntimeInfo) -> list[Check]:
+    releases = {release.version: release for release in load_releases()}
+    upstream = releases.get(info.llama_cpp_version or "", load_upstream())
     return [
         Check("package", f"spikequant-gguf {__version__}, Python {platform.python_version()}", None),
         Check(

@@ -23,12 +23,23 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import InputError, UnsupportedError
 from .native import NativeLibrary, bind, load
 
-__all__ = ["MatMul", "TensorStruct", "buffer_types", "mul_mat", "mul_mat_id"]
+__all__ = [
+    "MAX_COPIES",
+    "MatMul",
+    "TensorStruct",
+    "buffer_types",
+    "mul_mat",
+    "mul_mat_id",
+    "operation_number",
+    "tensor_values",
+]
 
 PLAIN_BUFFER = "CPU"
+MAX_COPIES = 900  # each adds a node and two leafs to a graph that has room for 2048 of either
 _TYPE_F32, _TYPE_I32 = 0, 26
 _USAGE_WEIGHTS = 1
 _STATUS_SUCCESS = 0
+_MAX_OPERATIONS = 64  # fewer than ggml has: it does not check the number
 _OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts beside the tensor
 
 
@@ -58,6 +69,7 @@ class _InitParams(ctypes.Structure):
 
 
 _BASE = {
+    "ggml_op_name": (c_char_p, (c_int,)),
     "ggml_init": (c_void_p, (_InitParams,)),
     "ggml_free": (None, (c_void_p,)),
     "ggml_tensor_overhead": (c_size_t, ()),
@@ -119,7 +131,9 @@ class MatMul:
     routed to experts (MUL_MAT_ID, ``experts_used`` per token). The input is ``float32[n_tokens, n_inputs]``;
     routed, it may also be ``float32[n_tokens, experts_used, n_inputs]`` if ``input_per_expert``. salience,
     silence: the tensor's own encoder settings, 0 for the defaults (SPK4 only). use_reference: compute without
-    the optimized kernels. Raises UnsupportedError if this CPU's buffer type does not take such a product.
+    the optimized kernels. copies: of weights and input, whose products follow each other in one graph like a
+    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this
+    CPU's buffer type does not take such a product.
     """
 
     def __init__(
@@ -136,6 +150,7 @@ class MatMul:
         salience: float = 0.0,
         silence: float = 0.0,
         use_reference: bool = False,
+        copies: int = 1,
         library: NativeLibrary | None = None,
     ) -> None:
         self._ggml = ggml = _ggml(library or load())
@@ -152,6 +167,8 @@ class MatMul:
                 "tokens, threads and experts used must be positive, and there must be that many experts",
                 "correct the arguments",
             )
+        if not 1 <= copies <= (MAX_COPIES if experts_used is None else 1):
+            raise InputError(f"there can be no {copies} copies of this product", f"ask for 1 to {MAX_COPIES}")
         if buffer not in ggml.buffer_types:
             raise UnsupportedError(
                 f"this CPU has no buffer type {buffer}", f"choose one of {', '.join(ggml.buffer_types)}"
@@ -166,6 +183,7 @@ class MatMul:
                 experts_used,
                 input_per_expert,
                 (salience, silence),
+                copies,
             )
             self._backend = ggml.backend_cpu_init()
             ggml.backend_cpu_set_n_threads(self._backend, threads)
@@ -195,10 +213,11 @@ class MatMul:
                     f"expert ids must be {shape} numbers below {self._n_experts}", "correct the ids"
                 )
             self._ggml.backend_tensor_set(self._ids, chosen.ctypes.data, 0, chosen.nbytes)
-        self._ggml.backend_tensor_set(self._input, values.ctypes.data, 0, values.nbytes)
+        for own in self._inputs:
+            self._ggml.backend_tensor_set(own, values.ctypes.data, 0, values.nbytes)
 
     def compute(self) -> float:
-        """Run the product; returns seconds of wall time."""
+        """Run the product, or all copies of it; returns seconds of wall time."""
         begun = time.perf_counter()
         status = self._ggml.backend_graph_compute(self._backend, self._graph)
         seconds = time.perf_counter() - begun
@@ -209,8 +228,8 @@ class MatMul:
         return seconds
 
     def output(self) -> NDArray[np.float32]:
-        """Result of the last compute: ``float32[n_tokens, n_outputs]`` or ``[n_tokens, experts_used,
-        n_outputs]``.
+        """Result of the last compute, of the last copy: ``float32[n_tokens, n_outputs]`` or ``[n_tokens,
+        experts_used, n_outputs]``.
         """
         result = np.empty(self._output_shape, np.float32)
         self._ggml.backend_tensor_get(self._result, result.ctypes.data, 0, result.nbytes)
@@ -250,28 +269,34 @@ class MatMul:
         experts_used: int | None,
         input_per_expert: bool,
         settings: tuple[float, float],
+        copies: int,
     ) -> None:
         ggml = self._ggml
         self._n_experts, n_outputs, _ = packed.shape
         self._weights_shape = packed.shape if experts_used else packed.shape[1:]
-        of_weights, of_graph = self._context(1), self._context(4, graph=True)
+        of_weights, of_graph = self._context(copies), self._context(4 * copies, graph=True)
+        self._inputs: list[int] = []
+        products: list[tuple[int, int]] = []  # weights and result
+        self._ids = None
         if experts_used is None:
-            self._weights = ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
             self._input_shape, self._output_shape = (n_tokens, n_inputs), (n_tokens, n_outputs)
-            self._input = ggml.new_tensor_2d(of_graph, _TYPE_F32, n_inputs, n_tokens)
-            self._ids = None
-            self._result = ggml.mul_mat(of_graph, self._weights, self._input)
+            for _ in range(copies):
+                matrix = ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
+                self._inputs.append(ggml.new_tensor_2d(of_graph, _TYPE_F32, n_inputs, n_tokens))
+                products.append((matrix, ggml.mul_mat(of_graph, matrix, self._inputs[-1])))
         else:
-            self._weights = ggml.new_tensor_3d(of_weights, type_id, n_inputs, n_outputs, self._n_experts)
+            matrices = ggml.new_tensor_3d(of_weights, type_id, n_inputs, n_outputs, self._n_experts)
             inputs = experts_used if input_per_expert else 1
             self._input_shape = (n_tokens, inputs, n_inputs) if input_per_expert else (n_tokens, n_inputs)
             self._output_shape = (n_tokens, experts_used, n_outputs)
-            self._input = ggml.new_tensor_3d(of_graph, _TYPE_F32, n_inputs, inputs, n_tokens)
+            self._inputs.append(ggml.new_tensor_3d(of_graph, _TYPE_F32, n_inputs, inputs, n_tokens))
             self._ids = ggml.new_tensor_2d(of_graph, _TYPE_I32, experts_used, n_tokens)
-            self._result = ggml.mul_mat_id(of_graph, self._weights, self._input, self._ids)
-        # The model loader keeps a tensor's encoder settings here, where a weight tensor has no use for them.
-        parameters = TensorStruct.from_address(self._weights).op_params
-        ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
+            products.append((matrices, ggml.mul_mat_id(of_graph, matrices, self._inputs[0], self._ids)))
+        self._weights, self._result = products[-1]
+        for matrix, _ in products:
+            # The model loader keeps encoder settings here: a weight tensor has no use for its parameters.
+            parameters = TensorStruct.from_address(matrix).op_params
+            ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
 
         weights_buffer = self._allocate(of_weights, ggml.buffer_types[buffer])
         ggml.backend_buffer_set_usage(weights_buffer, _USAGE_WEIGHTS)
@@ -281,10 +306,12 @@ class MatMul:
                 f"buffer type {buffer} takes no such product of {ggml.native.type_name(type_id)} weights",
                 "choose another buffer type",
             )
-        ggml.backend_tensor_set(self._weights, packed.ctypes.data, 0, packed.nbytes)
+        for matrix, _ in products:
+            ggml.backend_tensor_set(matrix, packed.ctypes.data, 0, packed.nbytes)
         self._allocate(of_graph, ggml.buffer_types[PLAIN_BUFFER])
         self._graph = ggml.new_graph(of_graph)
-        ggml.build_forward_expand(self._graph, self._result)
+        for _, result in products:
+            ggml.build_forward_expand(self._graph, result)
 
     def _context(self, tensors: int, graph: bool = False) -> int:
         size = tensors * self._ggml.tensor_overhead() + (self._ggml.graph_overhead() if graph else 0)
@@ -342,6 +369,33 @@ def mul_mat_id(
         product.set_input(values, chosen)
         product.compute()
         return product.output()
+
+
+@cache
+def operation_number(name: str) -> int:
+    """The number of an operation in the `op` of a TensorStruct, for example of "MUL_MAT".
+
+    Raises UnsupportedError if the installed ggml has none of that name.
+    """
+    op_name = _ggml(load()).op_name
+    for number in range(_MAX_OPERATIONS):
+        if op_name(number) == name.encode():
+            return number
+    raise UnsupportedError(f"this ggml has no operation {name}", "run `spikequant build`")
+
+
+def tensor_values(tensor: TensorStruct) -> NDArray[np.float32] | NDArray[np.int32]:
+    """A view of a tensor's values, float32 or int32, its dimensions in NumPy's order (ggml's reversed).
+
+    Raises UnsupportedError for tensors of other types.
+    """
+    dtypes = {_TYPE_F32: np.float32, _TYPE_I32: np.int32}
+    if tensor.type not in dtypes:
+        raise UnsupportedError(f"the values of '{tensor.name.decode()}' are neither float32 nor int32", None)
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    n_bytes = 4 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (c_char * n_bytes).from_address(tensor.data)
+    return np.ndarray(shape, dtypes[tensor.type], memory, strides=strides)
 
 
 def buffer_types(library: NativeLibrary | None = None) -> list[str]:

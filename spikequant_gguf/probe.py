@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 
 from .errors import UnsupportedError
 from .evaluation import DEFAULT_CTX, Model
-from .ggml_api import TensorStruct
-from .native import bind, load
+from .ggml_api import TensorStruct, operation_number, tensor_values
 
 __all__ = ["LayerProduct", "ProbedModel"]
-
-_TYPE_F32 = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,6 @@ class ProbedModel(Model):
     ) -> None:
         self.products: list[LayerProduct] = []
         self._probed = {name.encode() for name in tensors}
-        self._op_name = _op_names()
         self._fault: Exception | None = None
         super().__init__(path, ctx_size=ctx_size, threads=threads)
 
@@ -84,29 +80,12 @@ class ProbedModel(Model):
             if ask:
                 return True
             name = weights.name.decode()
-            operation = self._op_name(node.op)
-            if operation == b"MUL_MAT_ID":
+            if node.op == operation_number("MUL_MAT_ID"):
                 raise UnsupportedError(f"'{name}' holds experts, whose inputs cannot be taken", None)
-            if operation == b"MUL_MAT":
-                x = TensorStruct.from_address(node.src[1])
-                self.products.append(LayerProduct(name, _rows(x), _rows(node)))
+            if node.op == operation_number("MUL_MAT"):
+                x, y = (tensor_values(each) for each in (TensorStruct.from_address(node.src[1]), node))
+                rows = (each.reshape(-1, each.shape[-1]).copy() for each in (x, y))
+                self.products.append(LayerProduct(name, *rows))
         except Exception as error:  # must not pass through C; decode raises it
             self._fault = error
         return True
-
-
-def _op_names() -> Any:
-    base = load().base
-    bind(base, {"ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,))})
-    return base.ggml_op_name
-
-
-def _rows(tensor: TensorStruct) -> NDArray[np.float32]:
-    """A float32 tensor's rows, copied: float32[rows, ne0]."""
-    if tensor.type != _TYPE_F32 or tensor.nb[0] != 4:
-        raise UnsupportedError(f"the values of '{tensor.name.decode()}' are not float32 in rows", None)
-    shape = tuple(tensor.ne)[::-1]
-    strides = tuple(tensor.nb)[::-1]
-    size = 4 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    memory = (ctypes.c_char * size).from_address(tensor.data)
-    return np.ndarray(shape, np.float32, memory, strides=strides).reshape(-1, shape[-1]).copy()

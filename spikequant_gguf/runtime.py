@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from .errors import RuntimeMissingError
 from .ggml_patch.cache import open_cache
 from .ggml_patch.package import RUNTIME_MANIFEST, library_file, program_file
-from .ggml_patch.upstream import load_upstream, patch_id
+from .ggml_patch.upstream import load_releases, patch_id
 
 if TYPE_CHECKING:
     from .native import NativeLibrary
@@ -151,7 +151,9 @@ def _from_build(path: Path, what: str) -> Path:
     info = require_runtime()
     if info.build is None or not (info.build / path).is_file():
         place = info.build or open_cache().root
-        raise RuntimeMissingError(f"{what} is missing in the build cache ({place})", _BUILD)
+        neighbour = info.pin != load_releases()[0].version
+        remedy = f"run `spikequant build --release {info.pin}`" if neighbour else _BUILD
+        raise RuntimeMissingError(f"{what} is missing in the build cache ({place})", remedy)
     return info.build / path
 
 
@@ -198,10 +200,12 @@ def _library_facts(library_dir: Path) -> tuple[int | None, str | None, str | Non
 
 def _mismatch(version: str | None, abi: int | None, identity: str | None, pin: str | None) -> str | None:
     """One sentence about what does not fit this package, naming both sides; None if everything fits."""
-    upstream = load_upstream()
-    expected = patch_id(upstream)
-    if version != upstream.version:
-        return f"llama-cpp-python {version} is installed, but this package is made for {upstream.version}"
+    releases = {upstream.version: upstream for upstream in load_releases()}
+    if version not in releases:
+        return (
+            f"llama-cpp-python {version} is installed, but this package is made for {' or '.join(releases)}"
+        )
+    expected = patch_id(releases[version])
     if abi is None:
         return f"llama-cpp-python {version} is installed without the SpikeQuant patch {expected}"
     if abi != ABI:

@@ -20,7 +20,6 @@ from .errors import InputError, SpikeQuantError, UnsupportedError
 from .files import atomic_path, file_sha256
 from .ggml_patch.cache import make_folder, short_hash
 from .ggml_patch.progress import Progress, SilentProgress
-from .ggml_patch.upstream import load_upstream, patch_id
 from .gguf_header import GGUFHeader, read_header
 from .inspect_file import model_type, type_name
 from .models import models_folder
@@ -140,9 +139,10 @@ class Variants:
 
     def _settings(self, kind: str) -> str:
         """Eight digits that change with everything but the source that a version depends on."""
-        parts = [load_upstream().version, "" if kind in ("f32", "f16", "bf16") else self._imatrix_digest]
+        info = runtime.require_runtime()
+        parts = [info.llama_cpp_version or "", "" if kind in ("f32", "f16", "bf16") else self._imatrix_digest]
         if kind in SPIKE_PRESETS:
-            parts += [__version__, patch_id(load_upstream()), _converter_digest()]
+            parts += [__version__, info.patch_id or "", _converter_digest()]
             if self._calibration is not None:
                 parts.append(self._calibration.sha256)
         return short_hash(*parts)[:8]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4
-from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.ggml_api import TensorStruct, tensor_values
 
 __all__ = ["Product", "SpyModel"]
 
@@ -55,10 +54,10 @@ class SpyModel(Model):
         if not tensor.src[_WEIGHTS] or _tensor(tensor.src[_WEIGHTS]).type != TYPE_SPK4:
             return not ask
         if not ask:
-            x, y = _values(_tensor(tensor.src[_INPUT])), _values(tensor)
+            x, y = tensor_values(_tensor(tensor.src[_INPUT])).copy(), tensor_values(tensor).copy()
             experts = None
             if tensor.src[_EXPERTS]:
-                experts = _values(_tensor(tensor.src[_EXPERTS]), np.int32)[0, 0]
+                experts = tensor_values(_tensor(tensor.src[_EXPERTS]))[0, 0].copy()
                 x, y = x[0], y[0]
             else:
                 x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
@@ -69,11 +68,3 @@ class SpyModel(Model):
 
 def _tensor(address: Any) -> TensorStruct:
     return TensorStruct.from_address(getattr(address, "value", address))
-
-
-def _values(tensor: TensorStruct, dtype: type = np.float32) -> NDArray[Any]:
-    """A copy of a tensor's values, dimensions in NumPy's order."""
-    n_bytes = 4 + sum((size - 1) * stride for size, stride in zip(tensor.ne, tensor.nb, strict=True))
-    data = np.frombuffer((ctypes.c_char * n_bytes).from_address(tensor.data), np.uint8)
-    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-    return np.ndarray(shape, dtype, data, strides=strides).copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import spikequant_gguf
 from spikequant_gguf import api
 from spikequant_gguf.converter.calibrated import CalibrationOptions
 from spikequant_gguf.errors import InputError
@@ -40,7 +42,8 @@ def test_every_function(tiny_model_f32: Path, tiny_text: Path, tmp_path: Path) -
     options = {"ctx": 64, "chunks": 2, "rounds": 0, "threads": 1}
     comparison = api.compare([back.path, str(report.path)], str(tiny_text), progress=progress, **options)
     assert [row.type for row in comparison.rows] == ["f16", "spk4"] and steps()
-    energy = api.energy(report.path, tiny_text, tokens=32, threads=1)
+    energy = api.energy(report.path, tiny_text, tokens=32, threads=1, progress=progress)
+    assert "count" in steps()
     for each in (report, result, back, comparison, energy):
         assert is_dataclass(each) and type(each).__dataclass_params__.frozen
         json.dumps(each.to_json(), allow_nan=False)
@@ -58,9 +61,20 @@ def test_errors_are_those_of_the_commands(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, spikequant_gguf.api;"
+        "import sys, spikequant_gguf.api; from spikequant_gguf import compare, convert, energy, perplexity;"
         "heavy = {'torch', 'llama_cpp', 'transformers', 'matplotlib', 'lm_eval'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_functions_of_the_package_are_those_of_the_api() -> None:
+    """Also after the modules of the same names were imported, in either order."""
+    for name in api.__all__:
+        if name != "Progress":
+            importlib.import_module(f"spikequant_gguf.{'converter' if name == 'convert' else name}")
+            assert getattr(spikequant_gguf, name) is getattr(api, name)
+            assert name in dir(spikequant_gguf) and name in spikequant_gguf.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        spikequant_gguf.nothing  # noqa: B018

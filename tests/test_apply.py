@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -17,7 +18,9 @@ from spikequant_gguf.ggml_patch import apply as apply_module
 from spikequant_gguf.ggml_patch import canary, regenerate, unidiff
 from spikequant_gguf.ggml_patch.apply import apply, remove
 from spikequant_gguf.ggml_patch.cache import CACHE_VARIABLE, open_cache
-from spikequant_gguf.ggml_patch.upstream import PatchSource, Upstream, load_upstream, patch_id
+from spikequant_gguf.ggml_patch.fetch import find_sdist
+from spikequant_gguf.ggml_patch.progress import SilentProgress
+from spikequant_gguf.ggml_patch.upstream import PatchSource, Upstream, load_releases, load_upstream, patch_id
 
 SPIKE = "vendor/ggml/spike"
 LINES = [f"line {number}\n" for number in range(40)]
@@ -172,6 +175,18 @@ def test_a_displaced_hunk_that_fits_twice_is_refused(project: Project) -> None:
     project.write("vendor/ggml/ggml.c", "".join(["// shift\n", *LINES, *LINES]))
     with pytest.raises(BuildError, match="does not apply"):
         project.apply()
+
+
+FUNCTIONS = "int first(void)\n{\n  a\n  b\n}\n\nint second(void)\n{\n  a\n  b\n}\n"
+
+
+@pytest.mark.parametrize("name, place", [("first", 2), ("second", 8), ("third", None), ("", None)])
+def test_the_heading_decides_between_equal_places(name: str, place: int | None) -> None:
+    """As in git's diffs, the function above the hunk is named behind its line numbers."""
+    heading = f" int {name}(void)" if name else ""
+    text = f"--- a/x\n+++ b/x\n@@ -40,2 +40,3 @@{heading}\n   a\n+  new\n   b\n"
+    [change] = unidiff.parse(text.encode(), "x.patch")
+    assert unidiff.place_hunks(unidiff.split_lines(FUNCTIONS.encode()), change) == [place]
 
 
 def test_nothing_is_written_if_a_later_patch_fails(project: Project) -> None:
@@ -399,7 +414,7 @@ def test_what_regenerate_writes_apply_reads(old: list[str], new: list[str], ends
     if before == after or not after:
         return
     patch = regenerate._Patch(Path("x"), "Subject: x\n", {"file": (before or None, after)})
-    [change] = unidiff.parse(regenerate._format(patch), "x")
+    [change] = unidiff.parse(regenerate._format(patch, []), "x")
     assert change.creates == (not before)
     assert unidiff.apply_hunks(before, change, "x") == after
 
@@ -482,12 +497,32 @@ def test_a_deleted_file_cannot_be_expressed(regeneration: Regeneration) -> None:
         regeneration.regenerate()
 
 
-@pytest.fixture(scope="module")
-def pinned_files() -> dict[str, bytes]:
-    """Those files of the pinned source package that the series touches, and its version."""
-    upstream = load_upstream()
-    sdist = open_cache().sdists / upstream.sdist
-    assert sdist.is_file(), f"{sdist} is missing: run `spikequant build`"
+def test_hunks_get_the_context_that_neighbours_share(regeneration: Regeneration) -> None:
+    """Lines that another release lacks are no context; a hunk without a place there is refused by name."""
+    regeneration.apply()
+    before = "".join(LINES).encode()
+    edited = before.replace(b"line 20\n", b"line 20\nnew hook\n")
+    neighbour = Upstream("llama-cpp-python", "0.3.35", "x", "", "", "", SPIKE, {})
+
+    def text(other: bytes) -> str:
+        patch = regenerate._Patch(Path("x"), "", {"file": (before, edited)})
+        releases = [regenerate._Neighbour(neighbour, {"file": other})]
+        made = regenerate._format(patch, releases).decode()
+        assert b"new hook" in releases[0].files["file"]
+        [change] = unidiff.parse(made.encode(), "x")
+        assert unidiff.apply_hunks(before, change, "x") == edited
+        return made
+
+    assert "@@ -19,6 +19,7 @@ line 17\n line 18\n line 19\n line 20\n+new hook\n line 21\n" in text(before)
+    other = before.replace(b"line 19\n", b"another\n")
+    assert "@@ -21,4 +21,5 @@ line 19\n line 20\n+new hook\n line 21\n line 22\n line 23\n" in text(other)
+    with pytest.raises(BuildError, match=r"hunk of file at line 19 fits 0\.3\.35, too"):
+        text(before.replace(b"line 20\n", b"").replace(b"line 21\n", b""))
+
+
+def touched_files(upstream: Upstream) -> dict[str, bytes]:
+    """Those files of a source package that the series touches, and its version; downloaded once."""
+    sdist = find_sdist(open_cache(), upstream, None, SilentProgress())
     wanted = {"llama_cpp/__init__.py"} | {
         change.path
         for patch in PatchSource().patches()
@@ -499,28 +534,66 @@ def pinned_files() -> dict[str, bytes]:
         return {member.name.removeprefix(top): archive.extractfile(member).read() for member in members}
 
 
-def test_the_real_series_applies_to_the_pin_and_comes_off(
-    pinned_files: dict[str, bytes], tmp_path: Path
+@pytest.fixture(scope="module", params=load_releases(), ids=lambda upstream: upstream.version)
+def release(request: pytest.FixtureRequest) -> tuple[Upstream, dict[str, bytes]]:
+    """The pin and each of its neighbours, with the files that the series touches."""
+    try:
+        return request.param, touched_files(request.param)
+    except BuildError as error:
+        assert request.param != load_upstream(), f"{error.message}: run `spikequant build`"
+        pytest.skip(f"{request.param.sdist} is neither cached nor to be had: {error.message}")
+
+
+def test_the_real_series_applies_to_every_release_and_comes_off(
+    release: tuple[Upstream, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    for name, content in pinned_files.items():
+    upstream, files = release
+    for name, content in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     report = apply(tmp_path)
-    assert len(report.written) >= len(pinned_files) - 1
+    assert report.patch_id == patch_id(upstream)
+    assert len(report.written) >= len(files) - 1
     assert apply(tmp_path).already_done
+    added = [
+        line[1:]
+        for patch in PatchSource().patches()
+        for line in patch.read_text().splitlines()
+        if re.match(r"\+(?!\+\+ )", line)
+    ]
+    written = [(tmp_path / name).read_text().splitlines() for name in report.written]
+    assert len(added) > 60 and set(added) <= {line for lines in written for line in lines}
     remove(tmp_path)
     left = {
         path.relative_to(tmp_path).as_posix(): path.read_bytes()
         for path in tmp_path.rglob("*")
         if path.is_file()
     }
-    assert left == pinned_files
+    assert left == files
+
+
+def test_hooks_stand_in_the_same_functions_of_every_release(
+    release: tuple[Upstream, dict[str, bytes]],
+) -> None:
+    """Not only where their lines happen to be: llama.h and CMake's files have no functions."""
+    _, files = release
+    for patch in PatchSource().patches():
+        for change in unidiff.parse(patch.read_bytes(), patch.name):
+            lines = unidiff.split_lines(files[change.path])
+            places = unidiff.place_hunks(lines, change)
+            found = [unidiff.heading(lines, place) for place in places if place is not None]
+            expected = [hunk.heading for hunk in change.hunks]
+            for at, (here, there) in enumerate(zip(found, expected, strict=True)):
+                # the loader's function behind which a new one stands has another name in older releases
+                behind = change.hunks[at].old[:1] == [b"}\n"]
+                assert here == there or behind, (change.path, here, there)
 
 
 def test_the_pin_records_the_hash_of_every_file_that_the_series_changes(
-    pinned_files: dict[str, bytes],
+    release: tuple[Upstream, dict[str, bytes]],
 ) -> None:
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in pinned_files.items()}
+    upstream, files = release
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     del hashes["llama_cpp/__init__.py"]
-    assert load_upstream().files == hashes, "run `python -m spikequant_gguf.ggml_patch.regenerate`"
+    assert upstream.files == hashes, "run `python -m spikequant_gguf.ggml_patch.regenerate`"

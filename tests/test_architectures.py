@@ -7,10 +7,12 @@ spike model = its dequantized version in llama.cpp (to the rounding of activatio
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,21 +20,26 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from architectures import ARCHITECTURES, Architecture, write_checkpoint
 from converter_server import ConverterServer
 from gguf import GGMLQuantizationType as T
 from graph_spy import SpyModel
 from llama_tools import difference
+from test_serving import serve
 
 from spikequant_gguf import codec
 from spikequant_gguf import format as f
-from spikequant_gguf.converter import ConvertReport, checkpoint, convert
+from spikequant_gguf.converter import ConvertOptions, ConvertReport, checkpoint, convert
 from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
+from spikequant_gguf.converter.experts import RoutedModel, expert_tensors
 from spikequant_gguf.dequantize import dequantize
+from spikequant_gguf.errors import UnsupportedError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes
 from spikequant_gguf.gguf_header import read_header
-from spikequant_gguf.runtime import converter_script
+from spikequant_gguf.runtime import converter_script, import_llama_cpp
+from spikequant_gguf.simulate.checkpoint import simulate_checkpoint
 from spikequant_gguf.texts import Text
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -109,8 +116,6 @@ def outputs(made: Made, path: Path) -> np.ndarray:
 
 
 def outputs_of_transformers(made: Made) -> np.ndarray:
-    import torch
-
     with torch.no_grad():
         found = made.model(torch.from_numpy(made.ids[None].astype(np.int64)))
     return (found.logits if made.architecture.is_causal else found.last_hidden_state)[0].numpy()
@@ -120,6 +125,7 @@ def outputs_of_transformers(made: Made) -> np.ndarray:
 _ROUNDING = 4e-3  # of the float model: 16-bit keys and values, tables of GELU
 _WEIGHTS = 0.75
 _ACTIVATIONS = 0.45
+_BETWEEN_LAYERS = 2e-3  # norms, attention, activation functions: GELU comes from a table of 16 bits
 
 
 def test_linear_layers_spike(made):
@@ -179,10 +185,114 @@ def test_weights_are_those_of_the_float_model(made, tmp_path):
             assert error < 0.15, f"{name}: {error}"
 
 
-def test_calibration_reaches_all_but_experts(made):
-    experts = {tensor.name for tensor in made.report.plan.spiking if len(tensor.shape) > 2}
-    assert set(made.report.uncalibrated) <= experts
-    assert made.report.to_json()["uncalibrated"] == list(made.report.uncalibrated)
+class SpiedEmbedder(SpyModel, Embedder):
+    """Both, with attention in float32, as torch has it."""
+
+    def __init__(self, architecture: Architecture, path: Path) -> None:
+        self._is_causal = architecture.is_causal
+        super().__init__(path, ctx_size=64, threads=1)
+
+    def _context_params(self) -> Any:
+        params = super()._context_params()
+        params.embeddings = not self._is_causal
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.flash_attn_type = 0  # disabled
+        return params
+
+    def outputs(self, ids: np.ndarray) -> np.ndarray:
+        """float32[tokens, n_vocab], or float32[tokens, n_embd] of a model that embeds."""
+        return self.decode(ids, 0, len(ids)).copy() if self._is_causal else self.states(ids)
+
+
+def test_torch_simulates_the_runtime(made, tmp_path):
+    """transformers' own module with simulated layers gives the runtime's logits.
+
+    Each layer gets the runtime's input, once its own was compared with it: else a rounding that moves one
+    activation across the edge between two codes would change, by a whole step, all that follows. So layers
+    agree to the bit, and what lies between them to rounding, for every token.
+    """
+    spikes = tmp_path / "spikes.gguf"
+    # Quantized embeddings and outputs would make llama.cpp round activations, too.
+    convert(made.floats, spikes, ConvertOptions(tensor_types=("token_embd=f32", "^output=f32")))
+    with SpiedEmbedder(made.architecture, spikes) as runtime:
+        expected = runtime.outputs(made.ids)
+        products = {product.weights: product for product in runtime.products}
+    torch_made = replace(made, model=copy.deepcopy(made.model))
+    layers = simulate_checkpoint(torch_made.model, made.floats, spikes)
+    assert set(layers) == set(products) and len(layers) == made.architecture.spiking
+
+    unforced = outputs_of_transformers(torch_made)
+    assert difference(unforced, expected) < _ACTIVATIONS
+
+    met = []
+    for name, layer in layers.items():
+        product, order = products[name], layer.order.numpy()
+
+        def compare_input(module, given, product=product):
+            x = given[0].numpy().reshape(product.x.shape)
+            assert difference_of_inputs(x, product.x) < _BETWEEN_LAYERS, product.weights
+            if product.experts is not None:
+                np.testing.assert_array_equal(given[1].numpy(), product.experts)
+            return torch.from_numpy(product.x).view(given[0].shape), *given[1:]
+
+        def compare_output(module, given, y, product=product, order=order):
+            bias = getattr(module, "bias", None)
+            runtime_y = product.y[..., order] + (0 if bias is None else bias.numpy())
+            np.testing.assert_array_equal(y.numpy().reshape(runtime_y.shape), runtime_y, product.weights)
+            met.append(product.weights)
+
+        layer.module.register_forward_pre_hook(compare_input)
+        layer.module.register_forward_hook(compare_output)
+    found = outputs_of_transformers(torch_made)
+    assert sorted(met) == sorted(layers)
+    assert difference(found, expected) < _BETWEEN_LAYERS
+
+
+def difference_of_inputs(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_simulation_refuses_weights_that_are_not_the_checkpoints(made, tmp_path):
+    if made.architecture.name != "llama":
+        return
+    torch_model = copy.deepcopy(made.model)
+    with torch.no_grad():
+        next(m for m in torch_model.modules() if isinstance(m, torch.nn.Linear)).weight[0, 0] += 1
+    with pytest.raises(UnsupportedError, match=r"changes the weights of 'blk\.0\.attn_q\.weight'"):
+        simulate_checkpoint(torch_model, made.floats, made.spikes)
+
+
+def test_calibration_reaches_everything(made):
+    assert made.report.uncalibrated == ()
+    assert made.report.to_json()["uncalibrated"] == []
+
+
+def test_calibrated_experts_have_better_outputs(made, tiny_text, tmp_path):
+    """For the tokens that are routed to them, against rounding each weight to the nearest."""
+    names = expert_tensors(made.report.plan)
+    assert bool(names) == ("Moe" in made.architecture.model or "Mixtral" in made.architecture.model)
+    if not names:
+        return
+    nearest = tmp_path / "nearest.gguf"
+    convert(made.floats, nearest)
+    floats = {tensor.name: tensor.data for tensor in gguf.GGUFReader(made.floats).tensors}
+    calibrated, rounded = spike_blocks(made.spikes), spike_blocks(nearest)
+    errors = {name: np.zeros(2) for name in names}
+
+    def look(name: str, x: np.ndarray, experts: np.ndarray) -> None:
+        inputs = np.broadcast_to(x, (*experts.shape, x.shape[-1]))
+        for expert in np.unique(experts):
+            seen, exact = inputs[experts == expert], floats[name][expert]
+            for i, blocks in enumerate((calibrated, rounded)):
+                wrong = codec.decode_weights(blocks[name][expert]) - exact
+                errors[name][i] += np.square(seen @ wrong.T).sum()
+
+    with RoutedModel(made.floats, 4, 64, 1, names, look) as model:
+        text = model.tokenize(tiny_text.read_bytes())[-4 * 64 :]  # not what was calibrated on
+        model.run(text.reshape(4, 64))
+    ratios = {name: found / direct for name, (found, direct) in errors.items()}
+    # Of the last layer a quarter of the tokens is computed, some 50 for each expert: too few to gain much.
+    assert np.mean(list(ratios.values())) < 0.8 and max(ratios.values()) < 1.05, ratios
 
 
 def test_rows_that_do_not_fit_fall_back_with_a_word(converter, tiny_text, tmp_path):
@@ -199,6 +309,32 @@ def test_rows_that_do_not_fit_fall_back_with_a_word(converter, tiny_text, tmp_pa
     assert query.reason == "rows of 96 weights are no multiple of SPK4's 64"
     spikes = outputs(made, made.spikes)
     assert difference(spikes, outputs(made, made.floats)) < _WEIGHTS + _ACTIVATIONS
+
+
+def test_sentences_are_embedded_by_the_server(converter, tmp_path):
+    """A checkpoint as sentence-transformers keeps it, asked by OpenAI's client: the library's own vectors."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(ARCHITECTURES["BERT"], folder)
+    (folder / "1_Pooling").mkdir()
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
+    path = convert(folder, tmp_path / "bert-SPK4.gguf").path
+
+    texts = ["it was the end", "the beginning of a neuron", "it was the end"]
+    llama = import_llama_cpp().Llama(str(path), embedding=True, n_ctx=64, n_threads=1, verbose=False)
+    expected = np.array([entry["embedding"] for entry in llama.create_embedding(texts)["data"]])
+    llama.close()
+    with Embedder(path, ctx_size=64, threads=1) as model:
+        mean = model.states(model.tokenize(texts[0].encode())).mean(axis=0)
+    options = ("--model", str(path), "--model_alias", "bert", "--embedding", "true", "--n_ctx", "64")
+    for client in serve(*options):
+        answer = client.embeddings.create(model="bert", input=texts)
+        found = np.array([entry.embedding for entry in answer.data])
+    assert found.shape == (3, 128)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.linalg.norm(found[0] - mean) < 0.1 * np.linalg.norm(mean), "not the mean over the tokens"
+    assert np.linalg.norm(found[0] - found[1]) > 0.05 * np.linalg.norm(found[0])
 
 
 def test_a_wrong_permutation_is_noticed(converter, tiny_text, tmp_path):

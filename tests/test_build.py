@@ -216,6 +216,19 @@ def test_progress_and_errors_of_the_compiler_are_reported(upstream: Upstream, tm
     assert "cmake.d.log" in str(caught.value.remedy)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_cache_that_has_moved_is_configured_anew(upstream: Upstream, tmp_path: Path, moved: bool) -> None:
+    cmake, ninja = (fake_program(tmp_path / name, "exit 0") for name in ("cmake", "ninja"))
+    folder, tree = tmp_path / "cmake.d", tmp_path / "tree"
+    folder.mkdir()
+    place = tmp_path / "elsewhere" / "tree" if moved else tree
+    (folder / "CMakeCache.txt").write_text(f"# comment\nCMAKE_HOME_DIRECTORY:INTERNAL={place}\n")
+    (folder / "object.o").touch()
+    tools = Toolchain(Path("cc"), Path("c++"), cmake, ninja, "cc 12")
+    compile_tree(tree, folder, Variant("0123456789ab", portable=False), upstream, tools, 1, SILENT)
+    assert (folder / "object.o").exists() != moved
+
+
 def test_cmake_errors_are_told_with_their_second_line() -> None:
     lines = [
         "-- Looking",
@@ -235,6 +248,9 @@ def test_settings_say_what_a_variant_is(upstream: Upstream) -> None:
         and portable.settings(upstream)["GGML_NATIVE"] == "OFF"
     )
     assert stock.targets == ("llama",) and set(patched.targets) > {"llama", "mtmd", "llama-quantize"}
+    alone = Variant("abc", True, library_only=True)
+    assert alone.targets == ("llama", "mtmd") and alone.tools == ()
+    assert alone.settings(upstream) == portable.settings(upstream), "both go on in one folder"
     command = compile_module._configure_command(
         Path("tree"),
         Path("out"),
@@ -243,6 +259,28 @@ def test_settings_say_what_a_variant_is(upstream: Upstream) -> None:
         Toolchain(*map(Path, ("cc", "c++", "cmake", "ninja")), "cc 12"),
     )
     assert "-DSPIKEQUANT_PATCH_ID=abc" in command and f"-DSPIKEQUANT_PIN={VERSION}" in command
+
+
+@pytest.mark.parametrize(
+    "system, compiler, flag",
+    [
+        ("win32", "gcc.exe (x86_64-posix-seh-rev0, Built by MinGW-Builds project) 13.1.0", "-static"),
+        ("win32", "cc (GCC) 14.2.0", "-static"),
+        ("win32", "clang version 18.1.8", None),
+        ("darwin", "Apple clang version 15.0.0", "-Wl,-rpath,@loader_path"),
+        ("linux", "gcc (Debian 12.2.0-14) 12.2.0", None),
+    ],
+)
+def test_linkers_get_what_their_system_wants(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, system: str, compiler: str, flag: str | None
+) -> None:
+    monkeypatch.setattr(compile_module.sys, "platform", system)
+    monkeypatch.setenv("LDFLAGS", "-Wl,--as-needed")
+    tools = Toolchain(*map(Path, ("cc", "c++", "cmake", "ninja")), compiler)
+    command = compile_module._configure_command(Path("t"), Path("o"), Variant("a", True), upstream, tools)
+    for kind in ("SHARED", "EXE"):
+        found = [each for each in command if each.startswith(f"-DCMAKE_{kind}_LINKER_FLAGS=")]
+        assert found == ([f"-DCMAKE_{kind}_LINKER_FLAGS={flag} -Wl,--as-needed"] if flag else [])
 
 
 # ---- keys
@@ -283,7 +321,7 @@ class Workshop:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> None:
         self.compiled, self.installed, self.tested = 0, 0, 0
         self.fail: BaseException | None = None
-        monkeypatch.setattr(build_module, "load_upstream", lambda: upstream)
+        monkeypatch.setattr(build_module, "load_upstream", lambda version=None: upstream)
         monkeypatch.setattr(build_module, "compile_tree", self.compile)
         monkeypatch.setattr(build_module, "apply", lambda *arguments: None)
         monkeypatch.setattr(build_module, "_self_test", self.test)
@@ -464,6 +502,15 @@ def test_the_wheel_is_reproducible_complete_and_installable(
     assert (target / "llama_cpp_python-0.3.36.dist-info/licenses/LICENSE-llama.cpp").exists()
 
 
+def test_wheels_of_macs_are_for_their_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the interpreter is for both kinds and for older systems, as python.org's is."""
+    monkeypatch.setattr(package.sys, "platform", "darwin")
+    monkeypatch.setattr(package.sysconfig, "get_platform", lambda: "macosx-10.13-universal2")
+    monkeypatch.setattr(package.platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(package.platform, "machine", lambda: "arm64")
+    assert package._wheel_tag() == "py3-none-macosx_14_0_arm64"
+
+
 def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
     workshop: Workshop, sdist: Path, tmp_path: Path
 ) -> None:
@@ -473,6 +520,7 @@ def test_a_wheel_to_hand_on_is_portable_and_names_no_place(
         report.wheel == tmp_path / "dist" / report.wheel.name
         and len(list(report.wheel.parent.iterdir())) == 1
     )
+    assert report.tools == {} and not (report.folder / "bin").exists(), "nobody gets them with a wheel"
     with zipfile.ZipFile(report.wheel) as archive:
         manifest = archive.read("llama_cpp/lib/spikequant.json")
     assert str(tmp_path).encode() not in manifest and json.loads(manifest)["key"] == report.key

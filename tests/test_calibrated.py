@@ -18,7 +18,7 @@ from spikequant_gguf.converter.calibrated import (
     calibration,
     quantize_calibrated,
 )
-from spikequant_gguf.converter.inputs import moments, survey
+from spikequant_gguf.converter.inputs import SiteSurvey, moments, survey, token_weights
 from spikequant_gguf.converter.layer_journal import LayerJournal
 from spikequant_gguf.converter.lockstep import Lockstep, calibration_stretches
 from spikequant_gguf.converter.presets import PRESETS
@@ -116,6 +116,22 @@ def test_moments():
     assert np.allclose(own, b.T @ b / len(b), rtol=1e-5, atol=1e-5)
     assert np.allclose(cross, b.T @ (a - b) / len(b), rtol=1e-5, atol=1e-5)
     assert np.array_equal(own, results[1][0]) and np.array_equal(cross, results[1][1])
+
+
+def test_massive_activations_do_not_take_over_the_moments():
+    """One token 500 times as large as the others counts as one of ten times the usual energy."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((3000, 64)).astype(np.float32)
+    calm = token_weights(x)
+    assert np.all(calm == 1)
+    x[0] *= 500
+    weights = token_weights(x)
+    assert np.array_equal(weights[1:], calm[1:])
+    energies = np.square(x * weights[:, None]).sum(axis=1)
+    assert energies[0] == pytest.approx(10 * np.median(energies), rel=1e-3)
+    own, _ = moments(x, x, None, load(), 2)
+    assert own.trace() == pytest.approx(energies.mean(), rel=1e-3)
+    assert SiteSurvey(x).mean_squares.sum() == pytest.approx(energies.mean(), rel=1e-3)
 
 
 def test_a_text_too_short(tiny_model_f32):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -342,3 +343,15 @@ def test_closed_pipe_is_no_crash(tiny_models: dict[str, Path]) -> None:
         os.close(writing)
     assert result.returncode == 141
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "line, word, expected",
+    [("spikequant comp", 1, {"compare"}), ("spikequant build --re", 2, {"--release"})],
+)
+def test_shells_complete_commands_and_options(line: str, word: int, expected: set[str]) -> None:
+    """As the script of `--install-completion bash` asks for it."""
+    program = Path(sysconfig.get_path("scripts")) / "spikequant"
+    asked = {"_SPIKEQUANT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)}
+    done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == expected, done.stderr

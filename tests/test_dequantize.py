@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from spikequant_gguf import FormatError, InputError, OutputError, UnsupportedError
-from spikequant_gguf import dequantize as module
 from spikequant_gguf.codec import decode_weights
 from spikequant_gguf.console import to_json_text
-from spikequant_gguf.dequantize import OUTPUT_TYPES, dequantize
+from spikequant_gguf.dequantize import OUTPUT_TYPES, _target, dequantize
 from spikequant_gguf.format import TYPE_SPK4, TYPE_SPKA, blocks_from_bytes
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.inspect_file import inspect_file, model_type, type_name
@@ -85,8 +84,8 @@ def test_rows_that_do_not_fit_q8_0_become_f16(
     odd = type(tensor)(
         tensor.name, (48, 2), 2, 0, 54
     )  # Q4_0 needs a multiple of 32, too; only the rule counts
-    assert module._target(odd, gguf.GGMLQuantizationType.Q8_0) == gguf.GGMLQuantizationType.F16
-    assert module._target(odd, gguf.GGMLQuantizationType.BF16) == gguf.GGMLQuantizationType.BF16
+    assert _target(odd, gguf.GGMLQuantizationType.Q8_0) == gguf.GGMLQuantizationType.F16
+    assert _target(odd, gguf.GGMLQuantizationType.BF16) == gguf.GGMLQuantizationType.BF16
 
 
 def test_what_cannot_be_dequantized(tiny_models: dict[str, Path], tmp_path: Path) -> None:

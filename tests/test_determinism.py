@@ -124,8 +124,9 @@ def test_spike_products_are_those_of_any_division(runtime: RuntimeInfo, tiny_mod
                 model.products.clear()
                 model.decode(PROMPT[position : position + size], position, outputs=1)
                 position += size
-            products = model.products
-            last.append({each.weights: (each.x[-1].tobytes(), each.y[-1].tobytes()) for each in products})
+            last.append(
+                {each.weights: (each.x[-1].tobytes(), each.y[-1].tobytes()) for each in model.products}
+            )
     whole, *others = last
     for divided in others:
         assert divided.keys() == whole.keys() and len(whole) > 10

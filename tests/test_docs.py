@@ -10,11 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from test_serving import serve
 from tiny_model import CHAT_TEMPLATE
 from typer.testing import CliRunner
 
 from spikequant_gguf.cli.app import app
+from spikequant_gguf.ggml_patch.upstream import load_releases
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -89,6 +91,17 @@ def test_links(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [_anchor(heading) for heading in headings], f"{page.name}: {target}"
+
+
+def test_the_workflow_is_pinned_and_names_what_exists() -> None:
+    text = (REPOSITORY / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    actions = re.findall(r"uses: (\S+)", text)
+    assert actions and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in actions)
+    named = re.findall(r"\btests/\w+\.py", text)
+    assert len(named) > 10 and all((REPOSITORY / name).is_file() for name in named)
+    jobs = yaml.safe_load(text)["jobs"]
+    neighbours = [release.version for release in load_releases()[1:]]
+    assert jobs["neighbours"]["strategy"]["matrix"]["release"] == neighbours
 
 
 def _anchor(heading: str) -> str:

@@ -20,7 +20,7 @@ from spikequant_gguf.ggml_api import MatMul, buffer_types, mul_mat, mul_mat_id
 from spikequant_gguf.ggml_patch.build import find_unpatched
 from spikequant_gguf.ggml_patch.package import RUNTIME_MANIFEST, library_file
 from spikequant_gguf.ggml_patch.toolchain import find_compiler
-from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
+from spikequant_gguf.ggml_patch.upstream import load_releases, load_upstream, patch_id
 from spikequant_gguf.native import NativeLibrary
 from spikequant_gguf.runtime import find_runtime, native, require_runtime
 
@@ -104,7 +104,26 @@ def test_unpatched(fake: FakeRuntime) -> None:
 def test_another_version(fake: FakeRuntime) -> None:
     fake.python("0.3.99")
     fake.libraries()
-    assert problem() == f"llama-cpp-python 0.3.99 is installed, but this package is made for {VERSION}"
+    known = " or ".join(upstream.version for upstream in load_releases())
+    assert problem() == f"llama-cpp-python 0.3.99 is installed, but this package is made for {known}"
+
+
+def test_a_neighbour_of_the_pin_fits_with_libraries_of_its_own(fake: FakeRuntime) -> None:
+    neighbour = load_releases()[1]
+    fake.python(neighbour.version)
+    fake.libraries(patch_id=patch_id(neighbour), pin=neighbour.version)
+    info = require_runtime()
+    assert (info.llama_cpp_version, info.pin) == (neighbour.version, neighbour.version)
+    assert patch_id(neighbour) != patch_id()
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_a_neighbour_with_libraries_of_the_pin_does_not_fit(fake: FakeRuntime, pin: bool) -> None:
+    neighbour = load_releases()[1].version
+    fake.python(neighbour)
+    fake.libraries(pin=neighbour if pin else VERSION)
+    expected = f"patch {patch_id()}, but" if pin else f"from llama-cpp-python {VERSION}, but its Python files"
+    assert expected in problem()
 
 
 def test_another_abi(fake: FakeRuntime) -> None:

@@ -81,7 +81,7 @@ def convert(
     ] = None,
     calibration_chunks: Annotated[
         int, typer.Option("--calibration-chunks", min=1, help="Chunks of 512 tokens to calibrate on.")
-    ] = 32,
+    ] = 64,
     smoothing: Annotated[
         bool, typer.Option("--smoothing/--no-smoothing", help="Scale channels before quantization.")
     ] = True,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..ggml_patch.upstream import load_releases, load_upstream
 from .common import JsonOutput, Quiet, Verbose, command, examples
 
 __all__ = ["add_commands"]
@@ -19,12 +20,23 @@ def add_commands(app: typer.Typer) -> None:
             "spikequant build",
             "spikequant build --wheel dist   # a wheel for machines without a compiler",
             "spikequant build --sdist llama_cpp_python-0.3.36.tar.gz   # without network",
+            "spikequant build --release 0.3.35   # an older llama-cpp-python",
         )
     )(build)
     app.command(epilog=examples("spikequant doctor", "spikequant doctor --json > report.json"))(doctor)
 
 
 def build(
+    release: Annotated[
+        str | None,
+        typer.Option(
+            "--release",
+            metavar="VERSION",
+            help="Build another llama-cpp-python that the patch is made for: "
+            f"{' or '.join(upstream.version for upstream in load_releases()[1:])}.",
+            show_default=load_upstream().version,
+        ),
+    ] = None,
     portable: Annotated[
         bool,
         typer.Option(
@@ -66,6 +78,7 @@ def build(
 
         with console.progress() as progress:
             report = run(
+                release=release,
                 portable=portable,
                 unpatched=unpatched,
                 wheel=wheel,

@@ -38,7 +38,7 @@ from .encoder import SpikeCounts, SpikeEncoder
 from .layer import SpikeLinear, SpikeWeights
 from .settings import SpikeSettings
 
-__all__ = ["TorchModel", "load_model"]
+__all__ = ["TorchModel", "encoder_settings", "load_model"]
 
 
 class TorchModel:
@@ -165,7 +165,7 @@ def load_model(path: str | Path, *, exact: bool = True) -> TorchModel:
         raise UnsupportedError(
             f"{path}: '{unknown[0]}' is no linear layer in transformers' model", "use the runtime instead"
         )
-    settings = _encoder_settings(model.header)
+    settings = encoder_settings(model.header)
     encoders: dict[tuple, SpikeEncoder] = {}
     layers: dict[str, nn.Module] = {}
     data = np.memmap(path, np.uint8, mode="r")
@@ -239,7 +239,7 @@ def _in_order(weights: SpikeWeights, wanted: torch.Tensor, name: str) -> SpikeWe
     return weights.rows(torch.tensor(index))
 
 
-def _encoder_settings(header: GGUFHeader) -> dict[str, SpikeSettings]:
+def encoder_settings(header: GGUFHeader) -> dict[str, SpikeSettings]:
     """Settings by the name of the tensor; under "" the model's."""
     metadata = header.metadata
     common = SpikeSettings(

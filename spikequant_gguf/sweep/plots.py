@@ -70,6 +70,7 @@ def _salience(figure: Figure, points: Sequence[SweepPoint]) -> None:
             for share, point in zip(shares, mine, strict=True):
                 axes.annotate(point.name, (share, point.kld), (4, 6), textcoords="offset points", fontsize=8)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)  # for the names of the last points
     axes.set_xlabel("salient activations, %")
     axes.set_ylabel("KL divergence, nats per token")
     axes.grid(alpha=0.3)
@@ -83,7 +84,12 @@ def _ablations(figure: Figure, points: Sequence[SweepPoint]) -> None:
         axes.barh(place, point.kld, xerr=point.kld_stderr, color="C0" if first else "C7", capsize=3)
         axes.annotate(f" {point.kld:.3f}", (point.kld + point.kld_stderr, place), va="center", fontsize=8)
     axes.set_yticks(range(len(points)), [point.name for point in reversed(points)])
-    axes.margins(x=0.12)
+    smallest, largest = (choose(point.kld for point in points) for choose in (min, max))
+    if largest > _WIDE * smallest > 0:  # the small ones could not be told apart
+        axes.set_xscale("log")
+        axes.set_xlim(smallest / 2, 2 * largest)
+    else:
+        axes.margins(x=0.12)
     axes.set_xlabel("KL divergence, nats per token")
     axes.grid(alpha=0.3, axis="x")
 
@@ -94,6 +100,7 @@ _PLOTS: dict[str, Callable[[Figure, Sequence[SweepPoint]], None]] = {
     "ablations": _ablations,
     "baselines": _ablations,
 }
+_WIDE = 8
 _TITLES = {
     "bits": "widths of weights and activations",
     "salience": "salient activations at W4A4",

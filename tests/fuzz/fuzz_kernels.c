@@ -17,7 +17,11 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
             if (kernel->integrate_ahead && (c & 1)) {
-                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 1) };
+                const uint8_t * runs[SPIKE_AHEAD_AGAIN + 1]; // always the same one
+                for (int i = 0; i <= SPIKE_AHEAD_AGAIN; i++) {
+                    runs[i] = lines.first;
+                }
+                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 0 };
                 kernel->integrate_ahead(lines.first, 1, program, scaled, own, 0, &ahead);
             } else {
                 kernel->integrate(lines.first, program, scaled, own);

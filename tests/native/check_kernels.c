@@ -38,15 +38,22 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
             if (kernels->integrate_ahead && !gathered) { // a prefetch of the same lines changes nothing
-                spike_ahead ahead = { lines.first, scaled + program->first, 0, 1 << (SPIKE_AHEAD_SHIFT - 2) }; // three tiles, one list
                 // with the neighbours on both sides, as far as the strip has any
                 const int64_t before = tile % SPIKE_STRIP_TILES > 0, width = (int64_t) (lines.stride/SPIKE_LINE_BYTES);
                 const int64_t after  = tile % SPIKE_STRIP_TILES + 1 < width;
+                // a run for every few places, and not one more
+                const int64_t n_runs = SPIKE_AHEAD_AGAIN + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
+                const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));
+                for (int64_t i = 0; i < n_runs; i++) {
+                    runs[i] = lines.first;
+                }
+                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 1 << SPIKE_AHEAD_SHIFT };
                 int32_t three[3*SPIKE_TILE_ROWS] = { 0 };
                 kernels->integrate_ahead(lines.first - before*SPIKE_LINE_BYTES, before + 1 + after, program, scaled, three, SPIKE_TILE_ROWS, &ahead);
                 for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
                     own[r] += three[before*SPIKE_TILE_ROWS + r];
                 }
+                free(runs);
             } else {
                 kernels->integrate(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own);
             }

@@ -133,27 +133,39 @@ const char * buffer_type_name(ggml_backend_buffer_type_t) {
     return "CPU_SPIKE";
 }
 
-// Lines are read here and there, so that small pages would cost a table walk every few of them.
-void ask_for_large_pages(ggml_backend_buffer_t buffer) {
+// Lines are read here and there, so that small pages would cost a table walk every few of them. A buffer that is worth it
+// starts at the border of a large page and is followed by room for the whole of its last one.
+constexpr uintptr_t LARGE_PAGE = 2 << 20;
+
+uintptr_t round_up(uintptr_t x, uintptr_t unit) {
+    return (x + unit - 1)/unit*unit;
+}
+
+void * large_page_base(ggml_backend_buffer_t buffer) {
+    return (void *) round_up((uintptr_t) buffer->context, LARGE_PAGE);
+}
+
+void ask_for_large_pages(void * base, size_t size) {
 #if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t LARGE = 2 << 20;
-    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buffer);
-    const uintptr_t first = (base + LARGE - 1)/LARGE*LARGE;
-    const uintptr_t end   = (base + ggml_backend_buffer_get_size(buffer))/LARGE*LARGE;
-    if (first < end) {
-        madvise((void *) first, end - first, MADV_HUGEPAGE); // only advice: whether it is taken changes nothing but the speed
-    }
+    madvise(base, size, MADV_HUGEPAGE); // only advice: whether it is taken changes nothing but the speed
 #else
-    (void) buffer;
+    (void) base;
+    (void) size;
 #endif
 }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    const bool   large = size >= LARGE_PAGE/2;
+    const size_t whole = large ? round_up(size, LARGE_PAGE) : size;
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), large ? whole + LARGE_PAGE : size);
     if (buffer == nullptr) {
         return nullptr;
     }
-    ask_for_large_pages(buffer);
+    if (large) {
+        buffer->size           = size;
+        buffer->iface.get_base = large_page_base;
+        ask_for_large_pages(large_page_base(buffer), whole);
+    }
     buffer->buft                = buft;
     buffer->iface.init_tensor   = init_tensor;
     buffer->iface.set_tensor    = set_tensor;

@@ -13,8 +13,9 @@
 namespace spike {
 namespace {
 
-constexpr uint32_t LEAD_LINES      = 1024; // requested beyond the next stage
-constexpr uint32_t MAX_STAGE_LINES = 8192; // further ones are left to the CPU's own prefetcher
+constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
+constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 3*MAX_STAGE_RUNS; // few, so that the list stays near
+constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
 // Tiles that a thread computes together: neighbours in a strip.
 struct tile_group {
@@ -23,16 +24,16 @@ struct tile_group {
 
 // What a thread keeps while it serves one token.
 struct decode_scratch {
-    int32_t *  potential; // [tile][class][row]
-    uint32_t * offsets;   // [spike], of lines in a strip
-    uint32_t * ahead;     // lines to request, of three stages at most
-    size_t     size;
+    int32_t *        potential; // [tile][class][row]
+    uint32_t *       offsets;   // [spike], of lines in a strip
+    const uint8_t ** runs;      // of lines to request
+    size_t           size;
 
     decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
         scratch_arrays arrays(memory);
         arrays.take(potential, SPIKE_STRIP_TILES*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
-        arrays.take(ahead, 3*(MAX_STAGE_LINES + SPIKE_STRIP_TILES));
+        arrays.take(runs, MAX_RUNS + ROW_OF_RUNS);
         size = arrays.size();
     }
 };
@@ -45,9 +46,17 @@ void prefetch(const uint8_t * line) {
 #endif
 }
 
-// Waits for a line: unlike a prefetch it is never dropped.
-void touch(const uint8_t * line) {
-    (void) *(const volatile uint8_t *) line;
+// The lines of so many inputs, before anything computes that requests could be spread over. Reads are never dropped, and
+// those of silent inputs are among them: a stream with gaps comes at half the speed.
+void wait_for(const spike_tile_lines & lines, int64_t n_tiles, int64_t n_inputs) {
+    constexpr size_t FAR = 64*SPIKE_LINE_BYTES;
+    for (int64_t i = 0; i < n_inputs; i++) {
+        const uint8_t * line = lines.first + (size_t) i*lines.stride;
+        for (const uint8_t * end = line + n_tiles*SPIKE_LINE_BYTES; line < end; line += SPIKE_LINE_BYTES) {
+            prefetch(line + FAR);
+            (void) *(const volatile uint8_t *) line;
+        }
+    }
 }
 
 // The share of a matrix's tiles that a thread has.
@@ -56,147 +65,189 @@ struct share {
 
     share(const spike_layout & layout, const ggml_compute_params * params) :
         first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
+
+    tile_group group_at(int64_t tile) const {
+        const int64_t end_of_strip = (tile/SPIKE_STRIP_TILES + 1)*SPIKE_STRIP_TILES;
+        return { tile, std::min(end_tile, end_of_strip) - tile };
+    }
 };
 
-// The lines that a thread will need first in its next product: those of a chunk of inputs, of which nobody knows yet which
-// will fire. They come while the salient weights of this product are added, and stay in the cache until then.
-class next_product {
-  public:
+// What a thread needs first in its next product: the lines of a chunk of inputs, of which nobody knows yet which will fire.
+// They come while this product is computed, and stay in the cache until then.
+struct next_product {
+    spike_layout    layout   = {};
+    const uint8_t * packed   = nullptr;
+    tile_group      group    = { 0, 0 }; // without tiles: there is none
+    int64_t         n_inputs = 0;
+
+    next_product() = default;
+
     next_product(const ggml_tensor * op, const ggml_compute_params * params) {
         if (op == nullptr) {
             return;
         }
-        const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
+        layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
+        packed = (const uint8_t *) op->src[0]->data;
         const share own(layout, params);
-        if (own.first_tile >= own.end_tile) {
-            return;
-        }
-        const spike_tile_lines lines = spike_lines_of_tile(&layout, (const uint8_t *) op->src[0]->data, own.first_tile);
-        line   = lines.first;
-        stride = lines.stride;
-        width  = std::min(own.end_tile - own.first_tile, SPIKE_STRIP_TILES - own.first_tile % SPIKE_STRIP_TILES);
-        n      = spike_chunk_start(layout.n_inputs, spike_chunks(layout.n_inputs, DECODE_CHUNK_BLOCKS), 1);
-    }
-
-    // Requests as much as is due when such a share of the work is done.
-    void request(int64_t done, int64_t of) {
-        for (; next < n*done/of; next++) {
-            for (int64_t t = 0; t < width; t++) {
-                prefetch(line + (size_t) next*stride + t*SPIKE_LINE_BYTES);
-            }
+        if (own.first_tile < own.end_tile) {
+            group    = own.group_at(own.first_tile);
+            n_inputs = spike_chunk_start(layout.n_inputs, chunks_of(op), 1);
         }
     }
-
-  private:
-    const uint8_t * line   = nullptr;
-    size_t          stride = 0;
-    int64_t         width = 0, n = 0, next = 0; // tiles, inputs
 };
 
-// The stages of a thread's share of a matrix, and the lines that they read.
-class stage_list {
+// Requests of lines in the order in which they will be needed, in runs: of four lines side by side if the thread has so many
+// tiles, else of as many as it has, some of them twice; of two at least.
+class request_list {
   public:
-    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, int64_t first_tile, int64_t end_tile, uint32_t * lines) :
-        layout(layout), packed(packed), train(train), end_tile(end_tile), lines(lines) {
-        next.first_tile = first_tile;
-        next.n_tiles    = size_of_group(first_tile);
+    request_list(const uint8_t ** runs, int64_t n_tiles) : runs(runs), lines_of_run(std::min<int64_t>(std::max<int64_t>(n_tiles, 2), 4)) {}
+
+    // For an empty list: so many places that nobody requests for the first time.
+    void begin_with(const uint8_t * line) {
+        std::fill(runs, runs + SPIKE_AHEAD_AGAIN, line);
+        begin = end = SPIKE_AHEAD_AGAIN;
     }
 
-    // Before the first stage: nothing computes yet that requests could be spread over.
-    void start() {
-        append_stage();
-        for (uint32_t e = 0; e < end; e++) {
-            touch(packed + lines[e]);
+    // What is on the list is there.
+    void skip() { begin = end; }
+
+    // Room for a stage, behind the runs that are still to be requested, for the first time or again.
+    void make_room() {
+        if (end + MAX_STAGE_RUNS > MAX_RUNS) {
+            const uint32_t done = begin - SPIKE_AHEAD_AGAIN;
+            memmove(runs, runs + done, (end - done)*sizeof(*runs));
+            begin  -= done;
+            end    -= done;
         }
-        begin = end;
-        append_stage();
     }
 
-    // At the start of a stage that will visit so many places: what to request meanwhile.
-    spike_ahead enter(uint32_t n_places) {
-        memmove(lines, lines + begin, (end - begin)*sizeof(*lines));
-        end -= begin;
-        begin = 0;
-        const uint32_t needed = end; // the next stage's
-        append_stage();
-        target = std::min(needed + LEAD_LINES, end);
-        spike_ahead ahead = { packed, lines, 0, 0 };
-        if (n_places > 0) {
-            ahead.step = (uint32_t) std::min<uint64_t>(((uint64_t) target << SPIKE_AHEAD_SHIFT)/n_places, 1 << SPIKE_AHEAD_SHIFT);
+    // The lines of some inputs; input_at(e): which one is the e-th. The last runs of an input overlap rather than reach beyond it.
+    template <typename F> void append_lines(const spike_tile_lines & lines, int64_t n_tiles, int64_t n_inputs, F input_at) {
+        const int64_t  n_runs = (n_tiles + lines_of_run - 1)/lines_of_run;
+        const int64_t  last   = std::max<int64_t>(n_tiles - lines_of_run, 0)*SPIKE_LINE_BYTES;
+        const int64_t  n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
+        const uint8_t ** list = runs + end;
+        for (int64_t e = 0; e < n; e++) {
+            const uint8_t * line = lines.first + (size_t) input_at(e)*lines.stride;
+            for (int64_t k = 0; k < ROW_OF_RUNS; k++) { // a whole vector; the next input overwrites what is too much
+                list[k] = line + k*lines_of_run*SPIKE_LINE_BYTES;
+            }
+            list[n_runs - 1] = line + last;
+            list += n_runs;
+        }
+        end += (uint32_t) (n*n_runs);
+    }
+
+    void append_bytes(const uint8_t * first, int64_t n_bytes) {
+        const int64_t run_bytes = lines_of_run*SPIKE_LINE_BYTES;
+        const int64_t n = std::min<int64_t>(n_bytes/run_bytes, MAX_STAGE_RUNS);
+        for (int64_t e = 0; e < n; e++) {
+            runs[end + e] = first + e*run_bytes;
+        }
+        end += (uint32_t) n;
+    }
+
+    // What is not requested yet of the list without its last `beyond` runs, spread over so many places.
+    spike_ahead spread(uint32_t beyond, uint32_t n_places) {
+        target = end - beyond;
+        spike_ahead ahead = { runs, second_half(), begin << SPIKE_AHEAD_SHIFT, 0 };
+        if (n_places > 0 && target > begin) {
+            const uint64_t step = ((uint64_t) (target - begin) << SPIKE_AHEAD_SHIFT)*SPIKE_LIST_UNIT/n_places;
+            ahead.step = (uint32_t) std::min<uint64_t>(step, 1 << SPIKE_AHEAD_SHIFT);
         }
         return ahead;
     }
 
-    // Within a stage without places: requests as much as is due when such a share of it is done.
+    // Requests as much of that as is due when such a share of a stage without places is done.
     void request(int64_t done, int64_t of) {
-        for (const uint32_t due = (uint32_t) (target*done/of); begin < due; begin++) {
-            prefetch(packed + lines[begin]);
+        for (const uint32_t due = begin + (uint32_t) ((int64_t) (target - begin)*done/of); begin < due; begin++) {
+            for (const uint8_t * run : { runs[begin], runs[begin - SPIKE_AHEAD_AGAIN] }) {
+                for (const uint8_t * half : { run, run + second_half() }) {
+                    prefetch(half);
+                    prefetch(half + SPIKE_LINE_BYTES);
+                }
+            }
         }
     }
 
-    // At the end of the stage: what has not been requested yet.
-    void leave(const spike_ahead & ahead) {
-        begin = std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT);
+    // The rest of that, after a stage with places.
+    void finish(const spike_ahead & ahead) {
+        begin = std::max(begin, std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT));
         request(1, 1);
     }
 
-    int64_t size_of_group(int64_t first) const {
-        const int64_t end_of_strip = (first/SPIKE_STRIP_TILES + 1)*SPIKE_STRIP_TILES;
-        return std::min(end_tile, end_of_strip) - first;
+    uint32_t size() const { return end; }
+
+  private:
+    size_t second_half() const { return (size_t) (lines_of_run - 2)*SPIKE_LINE_BYTES; }
+
+    const uint8_t ** runs;
+    const int64_t    lines_of_run;
+    uint32_t         begin = 0, end = 0, target = 0; // what is to be requested
+};
+
+// The stages of a thread's share of a matrix, and the requests that are due while each of them computes.
+class stage_list {
+  public:
+    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, const share & own, const next_product & after,
+               const uint8_t ** runs) :
+        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs, own.group_at(own.first_tile).n_tiles),
+        group(own.group_at(own.first_tile)) {}
+
+    void start() {
+        const tile_group first = own.group_at(own.first_tile);
+        wait_for(spike_lines_of_tile(&layout, packed, first.first_tile), first.n_tiles, spike_chunk_start(layout.n_inputs, train->n_chunks, 1));
+        requests.begin_with(packed);
+        append_stage();
+        requests.skip();
+        append_stage();
     }
+
+    // At the start of a stage that will visit so many places.
+    spike_ahead enter(uint32_t n_places) {
+        requests.make_room();
+        const uint32_t before = requests.size();
+        append_stage();
+        return requests.spread(requests.size() - before, n_places);
+    }
+
+    void leave(const spike_ahead & ahead) { requests.finish(ahead); }
+
+    void request(int64_t done, int64_t of) { requests.request(done, of); }
 
   private:
     void append_stage() {
-        if (next.n_tiles <= 0) {
-            return;
+        if (group.first_tile >= own.end_tile) {
+            append_next_product();
+        } else if (chunk < train->n_chunks) {
+            uint32_t n_active;
+            const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
+            requests.append_lines(spike_lines_of_tile(&layout, packed, group.first_tile), group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
+        } else {
+            requests.append_bytes(spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0),
+                                  group.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
+            group = own.group_at(group.first_tile + group.n_tiles);
+            chunk = 0;
         }
-        if (next_chunk < train->n_chunks) {
-            append_chunk(next_chunk++);
-            return;
-        }
-        append_salients();
-        next.first_tile += next.n_tiles;
-        next.n_tiles     = size_of_group(next.first_tile);
-        next_chunk       = 0;
     }
 
-    // The active lines of a chunk.
-    void append_chunk(int64_t chunk) {
-        const spike_tile_lines first = spike_lines_of_tile(&layout, packed, next.first_tile);
-        const uint32_t start  = (uint32_t) (first.first - packed);
-        const uint32_t stride = (uint32_t) first.stride;
-        uint32_t n_active;
-        const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk, &n_active);
-        n_active = std::min(n_active, MAX_STAGE_LINES/SPIKE_STRIP_TILES);
-        uint32_t * list = lines + end;
-        for (uint32_t e = 0; e < n_active; e++) {
-            const uint32_t line = start + active[e]*stride;
-            for (uint32_t t = 0; t < SPIKE_STRIP_TILES; t++) { // a whole vector; the next input overwrites what is too much
-                list[t] = line + t*SPIKE_LINE_BYTES;
-            }
-            list += next.n_tiles;
+    void append_next_product() {
+        if (after.group.n_tiles > 0 && !appended_next) {
+            requests.append_lines(spike_lines_of_tile(&after.layout, after.packed, after.group.first_tile), after.group.n_tiles, after.n_inputs,
+                                  [](int64_t e) { return e; });
+            appended_next = true;
         }
-        end += n_active*(uint32_t) next.n_tiles;
-    }
-
-    void append_salients() {
-        const uint32_t start = (uint32_t) (spike_salients_of_tile(&layout, packed, next.first_tile, 0, 0) - packed);
-        const int64_t  bytes = next.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
-        const uint32_t n     = (uint32_t) std::min<int64_t>(bytes/SPIKE_LINE_BYTES, MAX_STAGE_LINES);
-        for (uint32_t e = 0; e < n; e++) {
-            lines[end + e] = start + e*SPIKE_LINE_BYTES;
-        }
-        end += n;
     }
 
     const spike_layout & layout;
     const uint8_t *      packed;
     const spike_train *  train;
-    const int64_t        end_tile;
-    uint32_t *           lines; // offsets
-    uint32_t             begin = 0, end = 0, target = 0;
-    tile_group           next;  // whose stage is to be appended
-    int64_t              next_chunk = 0;
+    const share &        own;
+    const next_product & after;
+    request_list         requests;
+    tile_group           group; // whose stage is to be appended
+    int64_t              chunk = 0;
+    bool                 appended_next = false;
 };
 
 void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_tile_lines & lines, int64_t n_tiles,
@@ -223,39 +274,39 @@ uint32_t places_of_chunk(const spike_train * train, int64_t chunk) {
 
 // A share of a matrix's tiles for one token.
 void compute_tiles(const spike_layout & layout, const uint8_t * packed, const spike_train * train, float * output, const share & own,
-                   next_product * after, decode_scratch & s) {
-    const int64_t first_tile = own.first_tile, end_tile = own.end_tile;
-    if (first_tile >= end_tile) {
+                   const next_product & after, decode_scratch & s) {
+    if (own.first_tile >= own.end_tile) {
         return;
     }
     const spike_kernels * kernels = spike_select_kernels();
-    const bool requests = kernels->integrate_ahead && layout.size <= UINT32_MAX;
-    stage_list stages(layout, packed, train, first_tile, end_tile, s.ahead);
+    const bool requests = kernels->integrate_ahead != nullptr;
+    stage_list stages(layout, packed, train, own, after, s.runs);
     if (requests) {
         stages.start();
     }
     size_t stride = 0;
-    for (int64_t tile0 = first_tile, n_tiles; tile0 < end_tile; tile0 += n_tiles) {
-        n_tiles = stages.size_of_group(tile0);
+    tile_group group;
+    for (int64_t tile0 = own.first_tile; tile0 < own.end_tile; tile0 += group.n_tiles) {
+        group = own.group_at(tile0);
         const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile0);
         if (stride != lines.stride) {
             stride = lines.stride;
             scale_offsets(train, stride, s.offsets);
         }
-        memset(s.potential, 0, (size_t) n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+        memset(s.potential, 0, (size_t) group.n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
         for (int64_t c = 0; c < train->n_chunks; c++) {
             if (requests) {
-                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) n_tiles);
-                integrate_chunk(kernels, train, c, lines, n_tiles, s, &ahead);
+                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) group.n_tiles);
+                integrate_chunk(kernels, train, c, lines, group.n_tiles, s, &ahead);
                 stages.leave(ahead);
             } else {
-                integrate_chunk(kernels, train, c, lines, n_tiles, s, nullptr);
+                integrate_chunk(kernels, train, c, lines, group.n_tiles, s, nullptr);
             }
         }
         if (requests) {
             stages.enter(0);
         }
-        for (int64_t t = 0; t < n_tiles; t++) {
+        for (int64_t t = 0; t < group.n_tiles; t++) {
             int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
             const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
             for (int k = 0; k < SPIKE_CLASSES; k++) {
@@ -263,10 +314,7 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
             }
             read_out(train, output, layout, packed, tile0 + t, potential);
             if (requests) {
-                stages.request(t + 1, n_tiles);
-            }
-            if (after && tile0 + n_tiles == end_tile) {
-                after->request(t + 1, n_tiles);
+                stages.request(t + 1, group.n_tiles);
             }
         }
     }
@@ -283,13 +331,13 @@ void compute_single_tokens(const ggml_compute_params * params, const product & p
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
     const share own(layout, params); // of every matrix, the same for each token
-    next_product after(w.own_encoding ? next_single_token_product() : nullptr, params);
+    const next_product none, next(w.own_encoding ? next_single_token_product() : nullptr, params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
         const job work_of = product.get_job(j);
         for (int64_t t = 0; t < work_of.n_tokens; t++) {
             const token tok = product.get_token(j, t);
             const spike_train * train = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
-            compute_tiles(layout, (const uint8_t *) work_of.matrix, train, tok.output, own, w.own_encoding ? &after : nullptr, scratch);
+            compute_tiles(layout, (const uint8_t *) work_of.matrix, train, tok.output, own, w.own_encoding ? next : none, scratch);
         }
     }
 }

@@ -11,13 +11,15 @@ extern "C" {
 #endif
 
 // Lines to prefetch while something else computes: a position that moves on by a fraction of a place each time, so that
-// the requests are spread evenly. The memory system drops what comes in bursts.
+// the requests are spread evenly. The memory system drops some all the same, wherever they come faster than it reads;
+// so every line is requested again, SPIKE_AHEAD_AGAIN places later.
 #define SPIKE_AHEAD_SHIFT 16
+#define SPIKE_AHEAD_AGAIN 32
 typedef struct {
-    const uint8_t *  lines;
-    const uint32_t * offsets;  // of lines
-    uint32_t         position; // in offsets, times 2^SPIKE_AHEAD_SHIFT
-    uint32_t         step;
+    const uint8_t * const * runs; // each of four lines: two at the address, two at `second` bytes from there
+    size_t                  second;
+    uint32_t                position; // of the next run, times 2^SPIKE_AHEAD_SHIFT; from SPIKE_AHEAD_AGAIN places on
+    uint32_t                step;     // for every SPIKE_LIST_UNIT spikes
 } spike_ahead;
 
 typedef struct {
@@ -32,9 +34,9 @@ typedef struct {
     // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
 
-    // integrate for neighbouring tiles of a strip, and for every place in the program's lists and every tile (see
-    // spike_program_places) a prefetch into the second-level cache, of a line that a later program needs. The potentials of
-    // tile t are at potential + t*potential_stride. NULL: there is only integrate.
+    // integrate for neighbouring tiles of a strip, and for every SPIKE_LIST_UNIT places in the program's lists and every tile
+    // (see spike_program_places) prefetches of a run into the second-level cache, of lines that a later program needs.
+    // The potentials of tile t are at potential + t*potential_stride. NULL: there is only integrate.
     void (*integrate_ahead)(const uint8_t * lines, int64_t n_tiles, const spike_program * program, const uint32_t * offsets,
                             int32_t * potential, int64_t potential_stride, spike_ahead * ahead);
 

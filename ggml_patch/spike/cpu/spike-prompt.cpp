@@ -125,7 +125,39 @@ void prefetch_program(const spike_schedule * schedule, int64_t chunk) {
     bring_near<false>(spikes, 512);
 }
 
-void integrate_chunk(const tile_group & group, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
+// What will be copied together next, brought near bit by bit meanwhile: lines of a strip, from afar and in no order that a
+// prefetcher would see.
+class next_lines {
+  public:
+    // The lines of a chunk of a group; none if the group is beyond the matrix.
+    next_lines(const tile_group & group, int64_t n_chunks, int64_t chunk) {
+        if (group.first < group.layout.n_tiles) {
+            const int64_t first = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk);
+            lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
+            lines.first += (size_t) first*lines.stride;
+            n     = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk + 1) - first;
+            width = group.width;
+        }
+    }
+
+    // As much as is due when such a share of the tokens is done.
+    void bring(int64_t done, int64_t of) {
+        for (; next < n*done/of; next++) {
+            for (int64_t w = 0; w < width; w++) {
+#if defined(__GNUC__)
+                __builtin_prefetch(lines.first + (size_t) next*lines.stride + w*SPIKE_LINE_BYTES, 0, 2);
+#endif
+            }
+        }
+    }
+
+  private:
+    spike_tile_lines lines = { nullptr, 0 };
+    int64_t          n = 0, next = 0, width = 0;
+};
+
+// after: the group that this thread will probably come to next.
+void integrate_chunk(const tile_group & group, const tile_group & after, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
     const spike_tile_lines lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
     const int64_t n_chunks = tokens.schedules[0]->n_chunks;
@@ -133,7 +165,9 @@ void integrate_chunk(const tile_group & group, const token_block & tokens, int64
     const int64_t n     = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk + 1) - first;
     // side by side, the lines of a tile do not fight for the same cache sets
     kernels->copy_lines(lines.first + (size_t) first*lines.stride, lines.stride, group.width, n, s.lines);
+    next_lines coming = chunk + 1 < n_chunks ? next_lines(group, n_chunks, chunk + 1) : next_lines(after, n_chunks, 0);
     for (int64_t t = 0; t < tokens.n; t++) {
+        coming.bring(t + 1, tokens.n);
         const spike_schedule * schedule = tokens.schedules[t];
         prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
         kernels->integrate_schedule(s.lines, group.width, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule),
@@ -192,10 +226,10 @@ void finish_tile(const tile_group & group, int64_t tile, const spike_schedule * 
 }
 
 // values: lines of the tokens, or NULL.
-void compute_tiles(const tile_group & group, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
+void compute_tiles(const tile_group & group, const tile_group & after, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
     memset(s.potential, 0, (size_t) (tokens.n*TOKEN_STRIDE)*sizeof(int32_t));
     for (int64_t c = 0; c < tokens.schedules[0]->n_chunks; c++) {
-        integrate_chunk(group, tokens, c, s);
+        integrate_chunk(group, after, tokens, c, s);
     }
     for (int64_t t = 0; t < tokens.n; t += SPIKE_TOKEN_LINE) {
         const int16_t * own_values = values ? values + t*group.layout.n_inputs : nullptr; // a line of tokens per input
@@ -281,8 +315,10 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             }
             values = scratch.values;
         }
-        const tile_group group = { layout, (const uint8_t *) product.get_job(j).matrix, g*c.width, std::min(c.width, layout.n_tiles - g*c.width) };
-        compute_tiles(group, tokens, values, scratch);
+        const auto group_at = [&](int64_t i) -> tile_group {
+            return { layout, (const uint8_t *) product.get_job(j).matrix, i*c.width, std::min(c.width, layout.n_tiles - i*c.width) };
+        };
+        compute_tiles(group_at(g), group_at(g + params->nth), tokens, values, scratch); // threads take units in turns
     });
 }
 

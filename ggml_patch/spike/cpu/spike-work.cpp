@@ -11,7 +11,11 @@ namespace spike {
 static_assert(PROMPT_CHUNK_BLOCKS <= SPIKE_SCHEDULE_CHUNK_BLOCKS, "see SPIKE_SCHEDULE_MAX_COUNTED");
 
 int64_t chunks_of(const ggml_tensor * op) {
-    return spike_chunks(op->src[0]->ne[0], serves_few_tokens(op) ? DECODE_CHUNK_BLOCKS : PROMPT_CHUNK_BLOCKS);
+    const int64_t n_inputs = op->src[0]->ne[0];
+    if (!serves_few_tokens(op)) {
+        return spike_chunks(n_inputs, PROMPT_CHUNK_BLOCKS);
+    }
+    return spike_chunks(n_inputs, n_inputs < SHORT_INPUTS ? DECODE_SHORT_CHUNK_BLOCKS : DECODE_CHUNK_BLOCKS);
 }
 
 work_layout layout_work(const ggml_tensor * op, int n_threads) {

@@ -32,6 +32,22 @@ static inline __attribute__((always_inline)) void flush(__m256i low, __m256i hig
     current->high_odd  = add16(current->high_odd,  _mm256_srli_epi16(high_own, 8), negative);
 }
 
+static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, size_t second) {
+    _mm_prefetch((const char *) run, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + SPIKE_LINE_BYTES, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + second, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + second + SPIKE_LINE_BYTES, _MM_HINT_T1);
+}
+
+// A run for the first time, and one again.
+static inline __attribute__((always_inline)) void request(spike_ahead * ahead) {
+    const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
+    prefetch_run(next[0], ahead->second);
+    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead->second);
+    ahead->position += ahead->step;
+    KEEP_SUM(ahead->position);
+}
+
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
                                                                        lanes * current0, lanes * current1, int negative,
                                                                        spike_ahead * ahead) {
@@ -49,11 +65,9 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 low1  = _mm256_add_epi8(low1, _mm256_and_si256(y1, nibble));
                 high1 = _mm256_add_epi16(high1, _mm256_srli_epi16(y1, 4));
                 KEEP_ORDER(low0, high0, low1, high1);
-                if (ahead) {
-                    _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
-                    ahead->position += ahead->step;
-                    KEEP_SUM(ahead->position);
-                }
+            }
+            if (ahead) {
+                request(ahead);
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;

@@ -140,6 +140,28 @@ static void integrate_schedule(const uint8_t * lines, int64_t width, const spike
     }
 }
 
+// 64 tokens in two vectors: values are masked where there is no weight and complemented where one is to be subtracted, and
+// what complements lack is counted.
+INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
+    static const int32_t PRESENT[4] = { 0, -1, -1, 0 }, NEGATIVE[4] = { 0, 0, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
+    enum { XOR_OF_AND = 0x78 }; // negative ^ (present & value)
+    __m512i first = _mm512_load_si512(sums), second = _mm512_load_si512(sums + 32), lacking = _mm512_setzero_si512();
+    for (int k = 0; k < n_blocks; k++) {
+        for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+            const int16_t * line     = values + (*salient & 63)*SPIKE_TOKEN_LINE;
+            const __m512i   present  = _mm512_set1_epi32(PRESENT[*salient >> 6]);
+            const __m512i   negative = _mm512_set1_epi32(NEGATIVE[*salient >> 6]);
+            first   = _mm512_add_epi16(first,  _mm512_ternarylogic_epi32(negative, present, _mm512_loadu_si512(line), XOR_OF_AND));
+            second  = _mm512_add_epi16(second, _mm512_ternarylogic_epi32(negative, present, _mm512_loadu_si512(line + 32), XOR_OF_AND));
+            lacking = _mm512_sub_epi16(lacking, negative);
+            salient += SPIKE_TILE_ROWS;
+        }
+        values += QK_SPK*SPIKE_TOKEN_LINE;
+    }
+    _mm512_store_si512(sums,      _mm512_add_epi16(first,  lacking));
+    _mm512_store_si512(sums + 32, _mm512_add_epi16(second, lacking));
+}
+
 static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m512i w = _mm512_set1_epi8((char) wanted);
     uint16_t * next = list;

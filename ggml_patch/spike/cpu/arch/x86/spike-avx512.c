@@ -16,41 +16,50 @@ static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b,
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
 }
 
-// Lines of one tile or of two neighbours, which share what it costs to walk the list. With ahead NULL, known when this is
-// compiled, nothing is prefetched.
-static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, int n_tiles, const uint32_t * offsets, int n,
-                                                                       lanes current[2], int negative, spike_ahead * ahead) {
+static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, size_t second) {
+    _mm_prefetch((const char *) run, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + SPIKE_LINE_BYTES, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + second, _MM_HINT_T1);
+    _mm_prefetch((const char *) run + second + SPIKE_LINE_BYTES, _MM_HINT_T1);
+}
+
+// A run for the first time, and one again.
+static inline __attribute__((always_inline)) void request(spike_ahead * ahead) {
+    const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
+    prefetch_run(next[0], ahead->second);
+    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead->second);
+    ahead->position += ahead->step;
+    KEEP_SUM(ahead->position);
+}
+
+// With ahead NULL, known when this is compiled, nothing is prefetched.
+static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, lanes * current,
+                                                                       int negative, spike_ahead * ahead) {
     const __m512i nibble = _mm512_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
         n -= group;
-        __m512i low[2], high[2];
-        low[0] = low[1] = high[0] = high[1] = _mm512_setzero_si512();
+        __m512i low = _mm512_setzero_si512(), high = low;
         do {
             for (int e = 0; e < SPIKE_LIST_UNIT; e++) {
-                for (int t = 0; t < n_tiles; t++) {
-                    const __m512i y = _mm512_loadu_si512(lines + offsets[e] + t*SPIKE_LINE_BYTES);
-                    low[t]  = _mm512_add_epi8(low[t], _mm512_and_si512(y, nibble));
-                    high[t] = _mm512_add_epi16(high[t], _mm512_srli_epi16(y, 4));
-                    KEEP_ORDER(low[t], high[t]);
-                    if (ahead) {
-                        _mm_prefetch((const char *) ahead->lines + ahead->offsets[ahead->position >> SPIKE_AHEAD_SHIFT], _MM_HINT_T1);
-                        ahead->position += ahead->step;
-                        KEEP_SUM(ahead->position);
-                    }
-                }
+                __m512i y = _mm512_loadu_si512(lines + offsets[e]);
+                __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
+                low  = _mm512_add_epi8(low, _mm512_and_si512(y, nibble));
+                high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
+                KEEP_ORDER(low, high);
+            }
+            if (ahead) {
+                request(ahead);
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
         } while (group > 0);
-        for (int t = 0; t < n_tiles; t++) {
-            const __m512i low_odd  = _mm512_srli_epi16(low[t], 8);
-            const __m512i high_own = _mm512_sub_epi16(high[t], _mm512_slli_epi16(low_odd, 4));
-            current[t].low_even  = add16(current[t].low_even,  low[t], negative);
-            current[t].low_odd   = add16(current[t].low_odd,   low_odd, negative);
-            current[t].high_even = add16(current[t].high_even, high_own, negative);
-            current[t].high_odd  = add16(current[t].high_odd,  _mm512_srli_epi16(high_own, 8), negative);
-        }
+        const __m512i low_odd  = _mm512_srli_epi16(low, 8);
+        const __m512i high_own = _mm512_sub_epi16(high, _mm512_slli_epi16(low_odd, 4));
+        current->low_even  = add16(current->low_even,  low, negative);
+        current->low_odd   = add16(current->low_odd,   low_odd, negative);
+        current->high_even = add16(current->high_even, high_own, negative);
+        current->high_odd  = add16(current->high_odd,  _mm512_srli_epi16(high_own, 8), negative);
     }
     return offsets;
 }
@@ -73,51 +82,44 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
 }
 
-static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, int n_tiles, const spike_program * program,
-                                                              const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
-                                                              spike_ahead * ahead) {
+static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                                                              int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
     const __m512i zero = _mm512_setzero_si512();
     const lanes silent = { zero, zero, zero, zero };
-    lanes current[2] = { silent, silent }, sum[2] = { silent, silent };
+    lanes current = silent, sum = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, n_tiles, offsets, step->n_positive, current, 0, ahead);
-        offsets = add_list(lines, n_tiles, offsets, step->n_negative, current, 1, ahead);
-        const __m512i correction = _mm512_set1_epi16(step->correction);
-        int32_t * target = potential;
-        for (int t = 0; t < n_tiles; t++) {
-            sum[t].low_even  = _mm512_add_epi16(sum[t].low_even,  current[t].low_even);
-            sum[t].low_odd   = _mm512_add_epi16(sum[t].low_odd,   current[t].low_odd);
-            sum[t].high_even = _mm512_add_epi16(sum[t].high_even, current[t].high_even);
-            sum[t].high_odd  = _mm512_add_epi16(sum[t].high_odd,  current[t].high_odd);
-            if (step->spill) {
-                spill64(sum[t].low_even,  sum[t].low_odd,  correction, target);
-                spill64(sum[t].high_even, sum[t].high_odd, correction, target + 64);
-                sum[t] = silent;
-            }
-            target += potential_stride;
+        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead);
+        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead);
+        sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
+        sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
+        sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
+        sum.high_odd  = _mm512_add_epi16(sum.high_odd,  current.high_odd);
+        if (step->spill) {
+            const __m512i correction = _mm512_set1_epi16(step->correction);
+            spill64(sum.low_even,  sum.low_odd,  correction, potential);
+            spill64(sum.high_even, sum.high_odd, correction, potential + 64);
+            sum = silent;
         }
     }
 }
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, 1, program, offsets, potential, 0, NULL);
+    run_program(lines, program, offsets, potential, NULL);
 }
 
+// One tile after the other: two at a time are no faster, and their requests come in pairs.
 __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int64_t n_tiles, const spike_program * program,
                                                      const uint32_t * offsets, int32_t * potential, int64_t potential_stride,
                                                      spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
-    for (; n_tiles >= 2; n_tiles -= 2) {
-        run_program(lines, 2, program, offsets, potential, potential_stride, &own);
-        lines     += 2*SPIKE_LINE_BYTES;
-        potential += 2*potential_stride;
+    for (; n_tiles > 0; n_tiles--) {
+        run_program(lines, program, offsets, potential, &own);
+        lines     += SPIKE_LINE_BYTES;
+        potential += potential_stride;
         KEEP_SUM(potential);
-    }
-    if (n_tiles > 0) {
-        run_program(lines, 1, program, offsets, potential, 0, &own);
     }
     ahead->position = own.position;
 }

@@ -1,5 +1,4 @@
-// Lines of tokens: what the kernels of AVX2 and AVX-512 have in common. 256 bits at a time, for a single instruction applies a
-// sign to 16 values there, and to none in 512.
+// Lines of tokens: what the kernels of AVX2 and AVX-512 have in common.
 #pragma once
 
 #include "spike/cpu/spike-prompt-kernels.h"
@@ -63,45 +62,29 @@ static inline __attribute__((always_inline)) void add_transposed(const int16_t s
     }
 }
 
-// The weights of so many slots to a row's sums.
-static inline __attribute__((always_inline)) void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
-    static const int32_t SIGNS[4] = { 0, 0x00010001, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
-    __m256i sum[4];
-    for (int q = 0; q < 4; q++) {
-        sum[q] = _mm256_load_si256((const __m256i *) (sums + 16*q));
-    }
-    for (int k = 0; k < n_blocks; k++) {
-        for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            const __m256i * line = (const __m256i *) (values + (*salient & 63)*SPIKE_TOKEN_LINE);
-            const __m256i   sign = _mm256_set1_epi32(SIGNS[*salient >> 6]);
-            for (int q = 0; q < 4; q++) {
-                sum[q] = _mm256_add_epi16(sum[q], _mm256_sign_epi16(_mm256_loadu_si256(line + q), sign));
-            }
-            salient += SPIKE_TILE_ROWS;
-        }
-        values += QK_SPK*SPIKE_TOKEN_LINE;
-    }
-    for (int q = 0; q < 4; q++) {
-        _mm256_store_si256((__m256i *) (sums + 16*q), sum[q]);
-    }
-}
+// The weights of so many blocks of a row to its sums; the including file has it.
+static inline __attribute__((always_inline)) void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
 
 static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    enum { NEAR_BLOCKS = 2 }; // their values and the sums stay in the first-level cache
-    _Alignas(64) int16_t sums[SPIKE_TILE_ROWS][SPIKE_TOKEN_LINE];
-    memset(sums, 0, sizeof(sums));
-    for (; n_blocks > 0; n_blocks -= NEAR_BLOCKS) {
-        for (int row = 0; row < SPIKE_TILE_ROWS; row++) {
-            if (n_blocks >= NEAR_BLOCKS) {
-                add_slots(salients + row, values, NEAR_BLOCKS, sums[row]);
-            } else {
-                add_slots(salients + row, values, 1, sums[row]);
+    enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_TILE_ROWS/2 }; // their values and the sums stay in the first-level cache
+    _Alignas(64) int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE];
+    for (int row0 = 0; row0 < SPIKE_TILE_ROWS; row0 += NEAR_ROWS) {
+        const uint8_t * salient = salients + row0;
+        const int16_t * value   = values;
+        memset(sums, 0, sizeof(sums));
+        for (int64_t left = n_blocks; left > 0; left -= NEAR_BLOCKS) {
+            for (int row = 0; row < NEAR_ROWS; row++) {
+                if (left >= NEAR_BLOCKS) {
+                    add_slots(salient + row, value, NEAR_BLOCKS, sums[row]);
+                } else {
+                    add_slots(salient + row, value, 1, sums[row]);
+                }
             }
+            salient += NEAR_BLOCKS*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
+            value   += NEAR_BLOCKS*QK_SPK*SPIKE_TOKEN_LINE;
         }
-        salients += NEAR_BLOCKS*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
-        values   += NEAR_BLOCKS*QK_SPK*SPIKE_TOKEN_LINE;
-    }
-    for (int row = 0; row < SPIKE_TILE_ROWS; row += 8) {
-        add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, stride, potential + row);
+        for (int row = 0; row < NEAR_ROWS; row += 8) {
+            add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, stride, potential + row0 + row);
+        }
     }
 }
