@@ -33,7 +33,7 @@ from spikequant_gguf.ggml_patch.apply import apply
 from spikequant_gguf.ggml_patch.cache import open_cache
 from spikequant_gguf.ggml_patch.fetch import find_sdist, unpack
 from spikequant_gguf.ggml_patch.progress import SilentProgress
-from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
+from spikequant_gguf.ggml_patch.upstream import load_upstream
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "fuzz"
@@ -83,7 +83,7 @@ def main() -> int:
     (FOLDER / "crashes").mkdir(parents=True, exist_ok=True)
     sound = True
     if budget.inputs != 0:
-        print("Compiling the targets and ggml with sanitizers (minutes, once for each state of the patch)")
+        print("Compiling the targets and ggml with sanitizers (minutes, the first time)")
         folder = _build(compilers)
         for target, (of_time, of_number) in NATIVE.items():
             limit = (
@@ -118,15 +118,15 @@ def _clang() -> tuple[str, str] | None:
 
 
 def _build(compilers: tuple[str, str]) -> Path:
-    """Compiles into a folder that belongs to this state of the patch."""
+    """Compiles what differs from the last time."""
     upstream = load_upstream()
-    tree = FOLDER / f"tree-{patch_id(upstream)}"
+    tree = FOLDER / f"tree-{upstream.version}"
     if not tree.is_dir():
         for old in FOLDER.glob("tree-*"):
             shutil.rmtree(old)
         sdist = find_sdist(open_cache(), upstream, None, SilentProgress())
         unpack(sdist, tree, upstream, SilentProgress())
-        apply(tree)
+    apply(tree)
     c, cxx = compilers
     options = ("-DLIBFUZZER=ON", f"-DTREE={tree}", f"-DCMAKE_C_COMPILER={c}", f"-DCMAKE_CXX_COMPILER={cxx}")
     return build(target_of("host"), FOLDER / "native", source=ROOT / "tests" / "fuzz", options=options)
