@@ -30,7 +30,7 @@ from spikequant_gguf.ggml_patch.apply import apply
 from spikequant_gguf.ggml_patch.cache import open_cache
 from spikequant_gguf.ggml_patch.fetch import find_sdist, unpack
 from spikequant_gguf.ggml_patch.progress import SilentProgress
-from spikequant_gguf.ggml_patch.toolchain import find_build_program, find_compiler
+from spikequant_gguf.ggml_patch.toolchain import default_jobs, find_build_program, find_compiler
 from spikequant_gguf.ggml_patch.upstream import load_upstream, patch_id
 from spikequant_gguf.runtime import require_runtime
 
@@ -137,7 +137,8 @@ def build(target: Target, work: Path) -> dict[str, Path]:
     subprocess.run(
         [cmake, "-S", source, "-B", folder, "-G", "Ninja", *definitions], check=True, stdout=sys.stderr
     )
-    subprocess.run([ninja, "-C", folder, *target.libraries], check=True, stdout=sys.stderr)
+    compile_all = [ninja, "-C", folder, "-j", str(default_jobs()), *target.libraries]
+    subprocess.run(compile_all, check=True, stdout=sys.stderr)
     found = [path for path in (folder / "bin").iterdir() if path.suffix == ".a"]
     archives = [
         next(path for path in found if path.name in (f"lib{name}.a", f"lib{name}.dll.a", f"{name}.dll.a"))

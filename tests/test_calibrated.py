@@ -20,7 +20,7 @@ from spikequant_gguf.converter.calibrated import (
 )
 from spikequant_gguf.converter.inputs import SiteSurvey, moments, survey, token_weights
 from spikequant_gguf.converter.layer_journal import LayerJournal
-from spikequant_gguf.converter.lockstep import Lockstep, calibration_stretches
+from spikequant_gguf.converter.lockstep import BatchModel, Lockstep, calibration_stretches
 from spikequant_gguf.converter.presets import PRESETS
 from spikequant_gguf.converter.smoothing import fold, scaling_factors
 from spikequant_gguf.converter.source import open_gguf
@@ -104,6 +104,19 @@ def test_an_error_in_a_layer_ends_the_run(tiny_model_f32, tiny_text):
     with Lockstep(tiny_model_f32, stretches=2, ctx=CTX, threads=1, sites=sites) as lockstep:
         with pytest.raises(InputError, match="no"):
             lockstep.run(tokens, on_site, lambda name, x: x)
+
+
+def test_the_memory_of_logits_comes_back_when_they_are_computed(tiny_model_f32, tiny_text):
+    """A batch gives the memory back at its start; run to the end, it has the logits of a plain context."""
+    tokens = stretches(tiny_model_f32, tiny_text, 1)
+    options = {"stretches": 1, "ctx": CTX, "threads": 1, "names": {}}
+    with BatchModel(tiny_model_f32, **options, on_input=lambda *_: None) as batch:
+        batch.run(tokens)
+        address = batch.api.llama_get_logits(batch.context)
+        logits = np.ctypeslib.as_array(address, shape=(CTX // 4, batch.n_vocab)).copy()
+    with Model(tiny_model_f32, ctx_size=CTX) as plain:
+        expected = np.concatenate([block.copy() for block in plain.logits(tokens[0])])[3::4]
+    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_moments():
