@@ -23,7 +23,7 @@ SCALE = 0.37
 class Layer(MatMul):
     """In this order: A x, a norm of it, B x, C x with settings of its own, A x, x scaled in place, A x."""
 
-    def _build(self, type_id, packed, n_inputs, n_tokens, buffer, experts_used, input_per_expert, settings):
+    def _build(self, type_id, packed, n_inputs, n_tokens, buffer, experts_used, input_per_expert, settings, copies):
         ggml, base = self._ggml, load().base
         for name, arguments in {
             "ggml_rms_norm": (c_void_p, c_void_p, c_float),
@@ -36,8 +36,8 @@ class Layer(MatMul):
         pair = (c_float * 2)(SALIENCE, 0.0)
         ctypes.memmove(TensorStruct.from_address(weights[-1]).op_params, pair, ctypes.sizeof(pair))
         self._input_shape = (n_tokens, n_inputs)
-        self._input = x = ggml.new_tensor_2d(of_graph, 0, n_inputs, n_tokens)
-        self._ids = None
+        x = ggml.new_tensor_2d(of_graph, 0, n_inputs, n_tokens)
+        self._inputs, self._ids = [x], None
         first = ggml.mul_mat(of_graph, weights[0], x)
         nodes = [first, base.ggml_rms_norm(of_graph, first, 1e-5)]
         nodes += [ggml.mul_mat(of_graph, weights[i], x) for i in (1, 2, 0)]
