@@ -18,6 +18,7 @@ TILE, LINE = 128, 64
 PROGRAM_BYTES = 4 + 4 + 16 * 8  # spike_program
 TRAIN_BYTES = 32  # spike_train
 CLASSES = 2
+LIST_SLACK = 64
 
 
 class _Ahead(ctypes.Structure):
@@ -37,6 +38,7 @@ class _Kernels(ctypes.Structure):
             "integrate_ahead",
             ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         ),
+        ("list_spikes", c_void_p),
         ("prompt", c_void_p),
     ]
 
@@ -77,7 +79,7 @@ class Train:
         start = -self.memory.ctypes.data % 64
         self.bytes = self.memory[start : start + size]
         self.offsets_at = TRAIN_BYTES + self.chunks * CLASSES * PROGRAM_BYTES
-        self.max_spikes = self.n_inputs + self.chunks * CLASSES * 2 * 16 * 3
+        self.max_spikes = self.n_inputs + self.chunks * CLASSES * 2 * 16 * 3 + LIST_SLACK
         self.bytes[TRAIN_BYTES - 4 : TRAIN_BYTES].view(np.int32)[0] = self.chunks
         values = self.bytes[self.offsets_at + 4 * self.max_spikes :][: 2 * self.n_inputs].view(np.int8)
         values[: self.n_inputs], values[self.n_inputs :] = self.fine, self.coarse

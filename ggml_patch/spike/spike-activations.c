@@ -96,11 +96,46 @@ SPIKE_CLONES static float sum_of_magnitudes(const float * x, int64_t n) {
     return sum;
 }
 
-// The median of the magnitudes of x, whose bits are the keys. All but a few are first told apart by bounds around the likely
-// median; any bounds give the same result, only not as fast. The keys are lost.
-static int32_t select_median(const float * x, int32_t * keys, int64_t n) {
+static inline int32_t magnitude_bits(float x) {
+    int32_t u;
+    memcpy(&u, &x, sizeof(u));
+    return u & 0x7FFFFFFF;
+}
+
+// A function that each of its callers compiles for its own instruction set.
+#if defined(__GNUC__)
+#    define INLINE_ALWAYS __attribute__((always_inline))
+#else
+#    define INLINE_ALWAYS
+#endif
+
+// v: the token, rotated if that is wanted.
+static inline INLINE_ALWAYS spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
+    spike_magnitudes found = { 0, 0, 0.0f };
+    memcpy(v, x, (size_t) n*sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t bits = magnitude_bits(v[i]);
+        found.largest_input = bits > found.largest_input ? bits : found.largest_input;
+    }
+    for (int64_t b = 0; rotated && b < n; b += QK_SPK) {
+        spike_rotate_block(v + b);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t bits = magnitude_bits(v[i]);
+        found.top = bits > found.top ? bits : found.top;
+    }
+    found.mean = sum_of_magnitudes(v, n)/(float) n;
+    return found;
+}
+
+// The bits of the median of the magnitudes of v. All but a few are first told apart by bounds around the likely median; any
+// bounds give the same result, only not as fast. keys: room for n.
+static inline INLINE_ALWAYS int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
     const int64_t rank = n/2;
-    const float   mean = sum_of_magnitudes(x, n)/(float) n; // of normal values the median of magnitudes is 0.845 of their mean
+    for (int64_t i = 0; i < n; i++) {
+        keys[i] = magnitude_bits(v[i]);
+    }
+    // of normal values the median of magnitudes is 0.845 of their mean
     static const float FACTORS[BOUNDS] = { 0.70f, 0.79f, 0.81f, 0.83f, 0.85f, 0.87f, 0.90f, 0.98f };
     int32_t bounds[BOUNDS], below[BOUNDS];
     for (int k = 0; k < BOUNDS; k++) {
@@ -136,19 +171,6 @@ static inline uint64_t mask_of(const uint8_t flags[QK_SPK]) {
     return mask;
 }
 
-static inline int32_t magnitude_bits(float x) {
-    int32_t u;
-    memcpy(&u, &x, sizeof(u));
-    return u & 0x7FFFFFFF;
-}
-
-// A function that each of its callers compiles for its own instruction set.
-#if defined(__GNUC__)
-#    define INLINE_ALWAYS __attribute__((always_inline))
-#else
-#    define INLINE_ALWAYS
-#endif
-
 static void encode_nothing(block_spka * y, int64_t n_blocks, const spike_encoder_params * params, float threshold) {
     const uint8_t code = (uint8_t) (params->zero_point | params->zero_point << 4);
     for (int64_t b = 0; b < n_blocks; b++) {
@@ -174,36 +196,19 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     float   * v    = scratch;
     int32_t  * keys = (int32_t *) (scratch + n);
 
-    memcpy(v, x, (size_t) n*sizeof(float));
-    int32_t largest_input = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t bits = magnitude_bits(v[i]);
-        largest_input = bits > largest_input ? bits : largest_input;
-    }
-    if (params->rotated) {
-        for (int64_t b = 0; b < n_blocks; b++) {
-            spike_rotate_block(v + b*QK_SPK);
-        }
-    }
-    int32_t top_bits = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t bits = magnitude_bits(v[i]); // of floats without sign the bits sort as the values do
-        top_bits = bits > top_bits ? bits : top_bits;
-    }
-    if (largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
+    const spike_wide_encoder * wide = spike_wide_encoder_avx512();
+    const spike_magnitudes magnitudes = wide ? wide->rotate_token(x, v, n, params->rotated) : rotate_token(x, v, n, params->rotated);
+    const int32_t top_bits = magnitudes.top;
+    if (magnitudes.largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
         encode_nothing(y, pack ? n_blocks : 1, params, quiet_nan());
         if (values) {
             memset(values, 0, 2*(size_t) n);
         }
         return;
     }
-    const spike_wide_encoder * wide = spike_wide_encoder_avx512();
-    int32_t mad_bits = wide ? wide->median_of_magnitudes(v, n, keys) : -1;
+    int32_t mad_bits = wide ? wide->median_of_magnitudes(v, n, magnitudes.mean, keys) : -1;
     if (mad_bits < 0) {
-        for (int64_t i = 0; i < n; i++) {
-            keys[i] = magnitude_bits(v[i]);
-        }
-        mad_bits = select_median(v, keys, n);
+        mad_bits = median_of_magnitudes(v, n, magnitudes.mean, keys);
     }
     float mad, top;
     memcpy(&mad, &mad_bits, sizeof(mad));

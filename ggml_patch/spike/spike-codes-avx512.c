@@ -6,6 +6,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <immintrin.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define WIDE __attribute__((target("avx512f,avx512bw,popcnt")))
@@ -19,10 +20,11 @@ WIDE static inline __m512 clamp(__m512 x, float lo, float hi) {
     return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(lo)), _mm512_set1_ps(hi));
 }
 
-WIDE static bool code_values(const float * x, int64_t n, const spike_coding * coding, int8_t * fine, int8_t * coarse) {
+WIDE static bool code_values(const float * v, int64_t n, const spike_coding * how, int8_t * fine, int8_t * coarse) {
+    const spike_coding copy = *how, * coding = &copy; // not what the results could overlap
     __mmask16 any_coarse = 0;
     for (int64_t i = 0; i < n; i += 16) {
-        const __m512    u      = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(coding->inverse));
+        const __m512    u      = _mm512_mul_ps(_mm512_loadu_ps(v + i), _mm512_set1_ps(coding->inverse));
         const __mmask16 heard  = _mm512_cmp_ps_mask(_mm512_abs_ps(u), _mm512_set1_ps(coding->silence), _CMP_NLT_UQ);
         const __m512    q      = _mm512_maskz_mov_ps(heard, round_to_even(u));
         const __m512    edge   = clamp(q, coding->lo, coding->hi);
@@ -43,35 +45,101 @@ WIDE static bool code_values(const float * x, int64_t n, const spike_coding * co
     return any_coarse != 0;
 }
 
-// Bit by bit, the largest value that at most rank keys lie below, as in the plain C encoder. n is a multiple of 16.
-WIDE static int32_t select_rank(const int32_t * keys, int64_t n, int64_t rank, int32_t lower, int32_t upper) {
-    const int bits = 32 - __builtin_clz((uint32_t) (lower ^ upper) | 1); // that the keys may differ in
-    int32_t found = (int32_t) ((uint32_t) lower >> bits << bits);
-    for (int bit = bits - 1; bit >= 0; bit--) {
-        const int32_t trial = found | (int32_t) 1 << bit;
-        int64_t below = 0;
-        for (int64_t i = 0; i < n; i += 16) {
-            below += __builtin_popcount(_mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + i), _mm512_set1_epi32(trial)));
+// A stage of the rotation within vectors: each value and its partner, whose order `swapped` gives; see spike-rotation.c.
+WIDE static inline __m512 add_partner(__m512 v, __m512 swapped, __mmask16 upper) {
+    const __m512 sum = _mm512_add_ps(swapped, v);
+    return _mm512_mask_sub_ps(sum, upper, swapped, v);
+}
+
+WIDE static inline void rotate_block(__m512 v[4]) {
+    for (int i = 0; i < 4; i++) {
+        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0xB1), 0xAAAA);
+        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0x4E), 0xCCCC);
+        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), 0xF0F0);
+        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), 0xFF00);
+    }
+    const __m512 a = _mm512_add_ps(v[0], v[1]), b = _mm512_sub_ps(v[0], v[1]);
+    const __m512 c = _mm512_add_ps(v[2], v[3]), d = _mm512_sub_ps(v[2], v[3]);
+    const __m512 eighth = _mm512_set1_ps(0.125f);
+    v[0] = _mm512_mul_ps(_mm512_add_ps(a, c), eighth);
+    v[1] = _mm512_mul_ps(_mm512_add_ps(b, d), eighth);
+    v[2] = _mm512_mul_ps(_mm512_sub_ps(a, c), eighth);
+    v[3] = _mm512_mul_ps(_mm512_sub_ps(b, d), eighth);
+}
+
+WIDE static spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i largest_input = _mm512_setzero_si512(), top = largest_input;
+    __m512  sum = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n; b += 64) {
+        __m512 y[4];
+        for (int i = 0; i < 4; i++) {
+            y[i] = _mm512_loadu_ps(x + b + 16*i);
+            largest_input = _mm512_max_epi32(largest_input, _mm512_and_si512(_mm512_castps_si512(y[i]), magnitude));
         }
-        found = below <= rank ? trial : found;
+        if (rotated) {
+            rotate_block(y);
+        }
+        for (int i = 0; i < 4; i++) {
+            _mm512_storeu_ps(v + b + 16*i, y[i]);
+            top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(y[i]), magnitude));
+            sum = _mm512_add_ps(sum, _mm512_abs_ps(y[i]));
+        }
+    }
+    const spike_magnitudes found = { _mm512_reduce_max_epi32(largest_input), _mm512_reduce_max_epi32(top), _mm512_reduce_add_ps(sum)/(float) n };
+    return found;
+}
+
+// How many of n keys, a multiple of 16, lie below a bound.
+WIDE static inline int64_t count_below(const int32_t * keys, int64_t n, int32_t bound) {
+    int64_t below = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        below += __builtin_popcount(_mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + i), _mm512_set1_epi32(bound)));
+    }
+    return below;
+}
+
+// Moves the keys in lower..upper to the front, in order, and fills the last vector up with keys that are larger.
+// Returns how many vectors there are, times 16.
+WIDE static inline int64_t keep_between(int32_t * keys, int64_t n, int32_t lower, int32_t upper) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512i   key   = _mm512_loadu_si512(keys + i);
+        const __mmask16 found = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(lower)), key, _mm512_set1_epi32(upper));
+        _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(found, key));
+        kept += __builtin_popcount(found);
+    }
+    while (kept % 16) {
+        keys[kept++] = INT32_MAX;
+    }
+    return kept;
+}
+
+// The key of a rank among n that lie in lower..upper, but for larger ones at the end: bit by bit, the largest value that at most
+// rank keys lie below, as in the plain C encoder. Once a few bits are known, few keys are left that may be it.
+WIDE static int32_t select_rank(int32_t * keys, int64_t n, int64_t rank, int32_t lower, int32_t upper) {
+    enum { BITS_BEFORE_SECOND_LOOK = 4 };
+    int bit = 31 - __builtin_clz((uint32_t) (lower ^ upper) | 1); // the first that the keys may differ in
+    int32_t found = (int32_t) ((uint32_t) lower >> bit >> 1 << bit << 1);
+    for (const int second_look = bit - BITS_BEFORE_SECOND_LOOK; bit >= 0; bit--) {
+        if (bit == second_look) {
+            rank -= count_below(keys, n, found);
+            n = keep_between(keys, n, found, found | (int32_t) ((2u << bit) - 1));
+        }
+        const int32_t trial = found | (int32_t) 1 << bit;
+        found = count_below(keys, n, trial) <= rank ? trial : found;
     }
     return found;
 }
 
-WIDE static int32_t median_of_magnitudes(const float * x, int64_t n, int32_t * keys) {
-    __m512 a = _mm512_setzero_ps(), b = a;
-    for (int64_t i = 0; i < n; i += 32) {
-        a = _mm512_add_ps(a, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-        b = _mm512_add_ps(b, _mm512_abs_ps(_mm512_loadu_ps(x + i + 16)));
-    }
-    const float mean = _mm512_reduce_add_ps(_mm512_add_ps(a, b))/(float) n; // of normal values the median of magnitudes is 0.845 of it
-    const float bounds[2] = { 0.70f*mean, 0.98f*mean };
+WIDE static int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
+    const float bounds[2] = { 0.70f*mean, 0.98f*mean }; // of normal values the median of magnitudes is 0.845 of their mean
     int32_t lower, upper;
     memcpy(&lower, &bounds[0], sizeof(lower));
     memcpy(&upper, &bounds[1], sizeof(upper));
     int64_t below = 0, between = 0;
     for (int64_t i = 0; i < n; i += 16) {
-        const __m512i   key  = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + i)));
+        const __m512i   key  = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(v + i)));
         const __mmask16 low  = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(lower));
         const __mmask16 kept = _mm512_mask_cmplt_epi32_mask((__mmask16) ~low, key, _mm512_set1_epi32(upper));
         _mm512_storeu_si512(keys + between, _mm512_maskz_compress_epi32(kept, key));
@@ -88,11 +156,25 @@ WIDE static int32_t median_of_magnitudes(const float * x, int64_t n, int32_t * k
     return select_rank(keys, between, rank - below, lower, upper - 1);
 }
 
-static const spike_wide_encoder AVX512 = { median_of_magnitudes, code_values };
+static const spike_wide_encoder AVX512 = { rotate_token, median_of_magnitudes, code_values };
 
-const spike_wide_encoder * spike_wide_encoder_avx512(void) {
+static const spike_wide_encoder * select_once(void) {
+    const char * forced = getenv("SPIKEQUANT_FORCE_ISA"); // as spike-kernels.c understands it
+    if (forced && *forced && strcmp(forced, "avx512") != 0) {
+        return NULL;
+    }
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("popcnt") ? &AVX512 : NULL;
+}
+
+const spike_wide_encoder * spike_wide_encoder_avx512(void) {
+    static const spike_wide_encoder * selected;
+    static bool decided; // every thread would find the same
+    if (!__atomic_load_n(&decided, __ATOMIC_ACQUIRE)) {
+        __atomic_store_n(&selected, select_once(), __ATOMIC_RELAXED);
+        __atomic_store_n(&decided, true, __ATOMIC_RELEASE);
+    }
+    return __atomic_load_n(&selected, __ATOMIC_RELAXED);
 }
 
 #else

@@ -13,15 +13,25 @@ typedef struct {
     float silence;
 } spike_coding;
 
+// What the encoder wants to know of a token's magnitudes. Of floats without sign the bits sort as the values do.
+typedef struct {
+    int32_t largest_input; // bits of the largest, before the rotation
+    int32_t top;           // bits of the largest
+    float   mean;          // about: any value leads to the same codes
+} spike_magnitudes;
+
 // Parts of the encoder that are worth more than what a compiler makes of plain C. n is a multiple of 64.
 typedef struct {
-    // The bits of the median of the magnitudes of n finite values, or -1 if it lies where this function does not look.
-    // keys: room for n.
-    int32_t (*median_of_magnitudes)(const float * x, int64_t n, int32_t * keys);
+    // v: the token, rotated if that is wanted.
+    spike_magnitudes (*rotate_token)(const float * x, float * v, int64_t n, bool rotated);
+
+    // The bits of the median of the magnitudes of n finite values, or -1 if it lies where this function does not look: far from
+    // what the mean makes likely. keys: room for n.
+    int32_t (*median_of_magnitudes)(const float * v, int64_t n, float mean, int32_t * keys);
 
     // Fine and coarse values of n activations. Returns whether any is coarse.
-    bool (*code_values)(const float * x, int64_t n, const spike_coding * coding, int8_t * fine, int8_t * coarse);
+    bool (*code_values)(const float * v, int64_t n, const spike_coding * coding, int8_t * fine, int8_t * coarse);
 } spike_wide_encoder;
 
-// NULL where this CPU has no AVX-512.
+// NULL where this CPU has no AVX-512, or another instruction set is forced.
 const spike_wide_encoder * spike_wide_encoder_avx512(void);

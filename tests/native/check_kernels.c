@@ -179,6 +179,42 @@ static int check_salients(const spike_kernels * kernels) {
     return wrong;
 }
 
+// Lists of chunks of all sizes: with all magnitudes, silent ones, and all the same.
+static int check_lists(const spike_kernels * kernels) {
+    enum { KINDS = 5, MOST = SPIKE_CHUNK_BLOCKS*QK_SPK, PLACES = MOST + 2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK };
+    int wrong = 0;
+    random_state = 4;
+    for (int i = 0; i < KINDS*SPIKE_CHUNK_BLOCKS; i++) {
+        const int64_t n = (1 + i/KINDS)*QK_SPK, first = (int64_t) random_below(SPIKE_MAX_TILED_INPUTS/QK_SPK - SPIKE_CHUNK_BLOCKS)*QK_SPK;
+        const int     kind = i % KINDS, same = (int) random_below(32) - 16;
+        int8_t * values = allocate((size_t) n);
+        for (int64_t j = 0; j < n; j++) {
+            values[j] = (int8_t) (kind == 0 ? random_below(32) - 16 : kind == 1 ? random_below(7) - 3 : kind == 2 ? same : kind == 3 ? 0
+                                                                                                : random_below(40) ? 0 : random_below(32) - 16);
+        }
+        void (* const both[2])(const int8_t *, int64_t, int64_t, uint32_t, uint32_t *, uint16_t *, spike_lists *) = { kernels->list_spikes, spike_list_spikes };
+        uint32_t  * offsets[2];
+        uint16_t  * active[2];
+        spike_lists lists[2];
+        for (int k = 0; k < 2; k++) {
+            offsets[k] = allocate(PLACES*sizeof(uint32_t));
+            active[k]  = allocate((MOST + SPIKE_LIST_SLACK)*sizeof(uint16_t));
+            both[k](values, n, first, (uint32_t) SPIKE_MAX_TILED_INPUTS << SPIKE_LINE_SHIFT, offsets[k], active[k], &lists[k]);
+        }
+        wrong += lists[0].n_places != lists[1].n_places || lists[0].n_active != lists[1].n_active
+            || memcmp(lists[0].count + 2, lists[1].count + 2, (SPIKE_BUCKETS - 2)*sizeof(uint16_t)) != 0
+            || memcmp(offsets[0], offsets[1], lists[1].n_places*sizeof(uint32_t)) != 0
+            || memcmp(active[0], active[1], lists[1].n_active*sizeof(uint16_t)) != 0;
+        for (int k = 0; k < 2; k++) {
+            free(offsets[k]);
+            free(active[k]);
+        }
+        free(values);
+    }
+    printf("lists %d wrong %d\n", KINDS*SPIKE_CHUNK_BLOCKS, wrong);
+    return wrong;
+}
+
 // ---- encoder
 
 static uint64_t digest_of(uint64_t digest, const void * data, size_t size) { // FNV-1a
@@ -260,6 +296,7 @@ int main(int argc, char ** argv) {
     }
     int wrong = check_products(kernels, 600);
     wrong += check_salients(kernels);
+    wrong += check_lists(kernels);
     wrong += check_encoder();
     return wrong != 0;
 }

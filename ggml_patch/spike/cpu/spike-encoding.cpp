@@ -147,7 +147,7 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
         for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
             spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
         }
-    } else if (tiles && !few && !spike_counting()) {
+    } else if (tiles && !spike_counting()) {
         spike_encode_values((const float *) row, n_inputs, &encoder, scratch, values, blocks); // counts alone read whole blocks
     } else {
         spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);

@@ -40,6 +40,10 @@ typedef struct {
     void (*integrate_ahead)(const uint8_t * lines, int64_t n_tiles, const spike_program * program, const uint32_t * offsets,
                             int32_t * potential, int64_t potential_stride, spike_ahead * ahead);
 
+    // See spike_list_spikes, with the same result but for what is beyond the ends of the lists.
+    void (*list_spikes)(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+                        spike_lists * lists);
+
     const spike_prompt_kernels * prompt; // for many tokens
 } spike_kernels;
 

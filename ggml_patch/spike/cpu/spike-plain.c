@@ -84,4 +84,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, add_salient, NULL, &spike_prompt_kernels_plain_c };
+const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, add_salient, NULL, spike_list_spikes, &spike_prompt_kernels_plain_c };

@@ -1,5 +1,6 @@
 #include "spike-train.h"
 
+#include "spike-kernels.h"
 #include "spike-layout.h"
 
 #include <string.h>
@@ -9,7 +10,7 @@ _Static_assert(SPIKE_MAX_TILED_INPUTS <= UINT16_MAX, "inputs have numbers of 16 
 size_t spike_train_size(int64_t n_inputs, int64_t n_chunks) {
     const size_t size = sizeof(spike_train) + (size_t) (n_chunks*SPIKE_CLASSES)*sizeof(spike_program)
         + (size_t) spike_max_spikes(n_inputs, n_chunks)*sizeof(uint32_t) + (size_t) (SPIKE_CLASSES*n_inputs)
-        + (size_t) (n_chunks + 1)*sizeof(uint32_t) + (size_t) (n_inputs + 1)*sizeof(uint16_t);
+        + (size_t) (n_chunks + 1)*sizeof(uint32_t) + (size_t) (n_inputs + SPIKE_LIST_SLACK)*sizeof(uint16_t);
     return (size + 63) & ~(size_t) 63;
 }
 
@@ -17,10 +18,7 @@ static uint32_t padded(uint32_t n) {
     return (n + SPIKE_LIST_UNIT - 1)/SPIKE_LIST_UNIT*SPIKE_LIST_UNIT;
 }
 
-enum { BUCKETS = 2*(SPIKE_MAX_MAGNITUDE + 1) };
-
-// Magnitude and sign as one number, 2*|value| + (value < 0); 0 is silent, and nothing has 1. Signs are as good as random, so
-// that a branch would be mispredicted half of the time.
+// The bucket of a value. Signs are as good as random, so that a branch would be mispredicted half of the time.
 static inline uint8_t bucket_of(int8_t value) {
     const int8_t  negative  = (int8_t) (value >> 7);
     const uint8_t magnitude = (uint8_t) ((value ^ negative) - negative);
@@ -41,19 +39,10 @@ SPIKE_CLONES static int32_t sum_of(const int8_t * values, int64_t n) {
     return sum;
 }
 
-// Steps and places of the lists from the number of inputs in each bucket. Returns where the lists end.
-static uint32_t lay_out_program(const uint32_t count[BUCKETS], uint32_t zero_line, spike_program * program, uint32_t * offsets,
-                                uint32_t next, uint32_t place[BUCKETS]) {
-    int largest = SPIKE_MAX_MAGNITUDE;
-    while (largest > 0 && count[2*largest] + count[2*largest + 1] == 0) {
-        largest--;
-    }
-    program->n_steps = largest;
-    program->first   = next;
-
-    int32_t fired = 0, fired_signed = 0, steps = 0, steps_signed = 0;
-    for (int m = largest; m > 0; m--) {
-        spike_step * step = &program->steps[largest - m];
+// Where the list of each bucket starts, its padding set. Returns where the lists end.
+static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint32_t zero_line, uint32_t * offsets, uint32_t place[SPIKE_BUCKETS]) {
+    uint32_t next = 0;
+    for (int m = SPIKE_MAX_MAGNITUDE; m > 0; m--) {
         for (int bucket = 2*m; bucket < 2*m + 2; bucket++) {
             place[bucket] = next;
             next += padded(count[bucket]);
@@ -63,12 +52,86 @@ static uint32_t lay_out_program(const uint32_t count[BUCKETS], uint32_t zero_lin
                 }
             }
         }
+    }
+    return next;
+}
+
+// A counting sort without branches: most inputs fire.
+void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+                       spike_lists * lists) {
+    enum { COUNTERS = 4 }; // neighbours do not wait for each other's
+    uint8_t  buckets[SPIKE_CHUNK_BLOCKS*QK_SPK];
+    uint16_t counts[COUNTERS][SPIKE_BUCKETS] = { { 0 } };
+    find_buckets(values, n, buckets);
+    uint32_t fires = 0;
+    for (int64_t i = 0; i < n; i += COUNTERS) {
+        for (int k = 0; k < COUNTERS; k++) {
+            counts[k][buckets[i + k]]++;
+            active[fires] = (uint16_t) (first + i + k);
+            fires += buckets[i + k] != 0;
+        }
+    }
+    lists->n_active = fires;
+    for (int bucket = 2; bucket < SPIKE_BUCKETS; bucket++) {
+        lists->count[bucket] = (uint16_t) (counts[0][bucket] + counts[1][bucket] + counts[2][bucket] + counts[3][bucket]);
+    }
+    uint32_t place[SPIKE_BUCKETS];
+    lists->n_places = place_lists(lists->count, zero_line, offsets, place);
+    place[0] = lists->n_places; // what is silent goes beyond the end
+    uint32_t line = (uint32_t) first << SPIKE_LINE_SHIFT;
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t bucket = buckets[i];
+        offsets[place[bucket]] = line;
+        place[bucket] += bucket != 0;
+        line += SPIKE_LINE_BYTES;
+    }
+}
+
+// Coarse values are few.
+static void list_coarse_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+                               spike_lists * lists) {
+    uint32_t found = 0;
+    memset(lists->count, 0, sizeof(lists->count));
+    for (int64_t i = 0; i < n; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, values + i, sizeof(eight));
+        if (eight == 0) {
+            continue;
+        }
+        for (int64_t k = i; k < i + 8; k++) {
+            if (values[k] != 0) {
+                lists->count[bucket_of(values[k])]++;
+                active[found++] = (uint16_t) (first + k);
+            }
+        }
+    }
+    uint32_t place[SPIKE_BUCKETS];
+    lists->n_active = found;
+    lists->n_places = place_lists(lists->count, zero_line, offsets, place);
+    for (uint32_t e = 0; e < found; e++) {
+        offsets[place[bucket_of(values[active[e] - first])]++] = (uint32_t) active[e] << SPIKE_LINE_SHIFT;
+    }
+}
+
+// The steps of a program whose lists start at `first`.
+static void lay_out_program(const spike_lists * lists, uint32_t first, spike_program * program) {
+    const uint16_t * count = lists->count;
+    int largest = lists->n_active > 0 ? SPIKE_MAX_MAGNITUDE : 0;
+    while (largest > 0 && count[2*largest] + count[2*largest + 1] == 0) {
+        largest--;
+    }
+    program->n_steps = largest;
+    program->first   = first;
+
+    int32_t fired = 0, fired_signed = 0, steps = 0, steps_signed = 0;
+    for (int m = largest; m > 0; m--) {
+        spike_step * step = &program->steps[largest - m];
         step->n_positive = (uint16_t) padded(count[2*m]);
         step->n_negative = (uint16_t) padded(count[2*m + 1]);
         step->spill      = 0;
 
-        fired        += (int32_t) (count[2*m] + count[2*m + 1]);
-        fired_signed += (int32_t) count[2*m] - (int32_t) count[2*m + 1];
+        fired        += count[2*m] + count[2*m + 1];
+        fired_signed += count[2*m] - count[2*m + 1];
         if (steps + fired > SPIKE_MAX_STEPS_COUNTED) {
             step[-1].spill      = 1;
             step[-1].correction = (int16_t) (8*steps_signed);
@@ -81,78 +144,18 @@ static uint32_t lay_out_program(const uint32_t count[BUCKETS], uint32_t zero_lin
             step->correction = (int16_t) (8*steps_signed);
         }
     }
-    return next;
-}
-
-// Most inputs fire finely: a counting sort without branches. Also lists those that fire.
-static uint32_t build_fine_program(const int8_t * values, int64_t first, int64_t last, uint32_t zero_line, spike_program * program,
-                                   uint32_t * offsets, uint32_t next, uint16_t * active, uint32_t * n_active) {
-    enum { COUNTERS = 4 }; // neighbours do not wait for each other's
-    uint8_t  buckets[SPIKE_CHUNK_BLOCKS*QK_SPK];
-    uint16_t counts[COUNTERS][BUCKETS] = { { 0 } };
-    const int64_t n = last - first;
-    find_buckets(values + first, n, buckets);
-    uint32_t fires = *n_active;
-    for (int64_t i = 0; i < n; i += COUNTERS) {
-        for (int k = 0; k < COUNTERS; k++) {
-            counts[k][buckets[i + k]]++;
-            active[fires] = (uint16_t) (first + i + k);
-            fires += buckets[i + k] != 0;
-        }
-    }
-    *n_active = fires;
-    uint32_t count[BUCKETS], place[BUCKETS];
-    for (int bucket = 0; bucket < BUCKETS; bucket++) {
-        count[bucket] = counts[0][bucket] + (uint32_t) counts[1][bucket] + counts[2][bucket] + counts[3][bucket];
-    }
-    const uint32_t end = lay_out_program(count, zero_line, program, offsets, next, place);
-    place[0] = end; // the next list will overwrite what is silent
-    uint32_t line = (uint32_t) first << SPIKE_LINE_SHIFT;
-    for (int64_t i = 0; i < n; i++) {
-        const uint8_t bucket = buckets[i];
-        offsets[place[bucket]] = line;
-        place[bucket] += bucket != 0;
-        line += SPIKE_LINE_BYTES;
-    }
-    return end;
-}
-
-// Coarse values are few, and the blocks say where.
-static uint32_t build_coarse_program(const int8_t * values, const block_spka * activations, int64_t first, int64_t last,
-                                     uint32_t zero_line, spike_program * program, uint32_t * offsets, uint32_t next,
-                                     uint16_t * active, uint32_t * n_active) {
-    uint32_t count[BUCKETS] = { 0 };
-    uint16_t inputs[SPIKE_CHUNK_BLOCKS*QK_SPK];
-    uint32_t n = 0;
-    for (int64_t b = first/QK_SPK; b < last/QK_SPK; b++) {
-        for (uint64_t left = activations[b].coarse_mask & activations[b].salient_mask; left != 0; left &= left - 1) {
-            const uint16_t input = (uint16_t) (b*QK_SPK + spike_lowest_bit(left));
-            inputs[n] = input;
-            n += values[input] != 0; // a coarse zero is silent
-        }
-    }
-    for (uint32_t e = 0; e < n; e++) {
-        count[bucket_of(values[inputs[e]])]++;
-        active[*n_active + e] = inputs[e];
-    }
-    *n_active += n;
-    uint32_t place[BUCKETS];
-    const uint32_t end = lay_out_program(count, zero_line, program, offsets, next, place);
-    for (uint32_t e = 0; e < n; e++) {
-        offsets[place[bucket_of(values[inputs[e]])]++] = (uint32_t) inputs[e] << SPIKE_LINE_SHIFT;
-    }
-    return end;
 }
 
 void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_train * train) {
+    const spike_kernels * kernels = spike_select_kernels();
     const int32_t n_chunks = train->n_chunks;
     memset(train, 0, sizeof(*train));
     train->n_chunks    = n_chunks;
     train->threshold   = activations->threshold;
     train->coarse_unit = (float) (1 << (activations->salient_shift & SPIKE_MAX_SHIFT));
-    for (int k = 0; k < SPIKE_CLASSES; k++) {
-        train->sum[k] = sum_of(spike_train_values(train, n_inputs, k), n_inputs);
-    }
+    const int8_t * fine = spike_train_values(train, n_inputs, 0), * coarse = spike_train_values(train, n_inputs, 1);
+    train->sum[0] = sum_of(fine, n_inputs);
+    train->sum[1] = sum_of(coarse, n_inputs);
     spike_program * programs  = (spike_program *) (train + 1);
     uint32_t *      offsets   = (uint32_t *) (programs + n_chunks*SPIKE_CLASSES);
     uint32_t *      starts    = (uint32_t *) (uintptr_t) spike_train_active_starts(train, n_inputs);
@@ -164,11 +167,17 @@ void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_t
         const int64_t first = spike_chunk_start(n_inputs, n_chunks, c), last = spike_chunk_start(n_inputs, n_chunks, c + 1);
         const bool    ends_span = c + 1 == n_chunks || spike_chunk_start(n_inputs, n_chunks, c + 2) - span > SPIKE_CHUNK_BLOCKS*QK_SPK;
         spike_program * program = &programs[c*SPIKE_CLASSES];
+        spike_lists lists;
         starts[c] = n_active;
-        next = build_fine_program(spike_train_values(train, n_inputs, 0), first, last, zero_line, program, offsets, next, active, &n_active);
+        kernels->list_spikes(fine + first, last - first, first, zero_line, offsets + next, active + n_active, &lists);
+        lay_out_program(&lists, next, &program[0]);
+        next     += lists.n_places;
+        n_active += lists.n_active;
         if (ends_span) {
-            next = build_coarse_program(spike_train_values(train, n_inputs, 1), activations, span, last, zero_line, program + 1, offsets, next,
-                                        active, &n_active);
+            list_coarse_spikes(coarse + span, last - span, span, zero_line, offsets + next, active + n_active, &lists);
+            lay_out_program(&lists, next, &program[1]);
+            next     += lists.n_places;
+            n_active += lists.n_active;
             span = last;
         } else {
             program[1].n_steps = 0;

@@ -17,6 +17,7 @@ extern "C" {
 #define SPIKE_MAX_MAGNITUDE 16
 #define SPIKE_CLASSES       2  // 0 standard and finely salient values, 1 coarse ones
 #define SPIKE_LIST_UNIT     4  // lists are padded to a multiple of it, with the line of zeros
+#define SPIKE_LIST_SLACK    64 // places beyond the end of a list that may be overwritten
 #define SPIKE_CHUNK_BLOCKS  63 // at most, in a program: 4032 inputs
 
 // Kernels keep potentials in 16-bit lanes, as sums of code * steps modulo 2^16. With every code taken as 8 more than a
@@ -48,6 +49,23 @@ typedef struct {
     int32_t  n_chunks;            // set before the values; the rest is spike_train_build's
 } spike_train;
 
+// Inputs by magnitude and sign, 2*|value| + (value < 0). Bucket 0 is silent, and nothing is in bucket 1.
+#define SPIKE_BUCKETS (2*(SPIKE_MAX_MAGNITUDE + 1))
+
+// What lists of spikes hold.
+typedef struct {
+    uint32_t n_places; // of all lists, padding included
+    uint32_t n_active; // inputs that fire
+    uint16_t count[SPIKE_BUCKETS]; // that of buckets 0 and 1 is not set
+} spike_lists;
+
+// Lists the inputs of a chunk that fire, in the order of a program: for every bucket from the last to the second one the byte
+// offsets of its inputs' lines, in order, padded with that of the line of zeros; and all of them once more, in order of inputs,
+// by their number. Up to SPIKE_LIST_SLACK places beyond the ends are overwritten.
+// values: signed magnitudes of n inputs, a multiple of 64, from input `first` on. This one is plain C; kernels have their own.
+void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+                       spike_lists * lists);
+
 // How many chunks of at most so many blocks (1..SPIKE_CHUNK_BLOCKS) an input takes. Their sizes differ by one block at most.
 static inline int64_t spike_chunks(int64_t n_inputs, int64_t chunk_blocks) {
     return (n_inputs/QK_SPK + chunk_blocks - 1)/chunk_blocks;
@@ -70,9 +88,9 @@ static inline uint32_t spike_program_places(const spike_train * train, int spike
     return (index + 1 < train->n_chunks*SPIKE_CLASSES ? program[1].first : train->n_spikes) - program->first;
 }
 
-// Room for all lists, padding included.
+// Room for all lists, padding included, and for what is written beyond the last one.
 static inline int64_t spike_max_spikes(int64_t n_inputs, int64_t n_chunks) {
-    return n_inputs + n_chunks*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1);
+    return n_inputs + n_chunks*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK;
 }
 
 // Byte offsets of the lines that fire, for tiles whose lines lie one after the other.

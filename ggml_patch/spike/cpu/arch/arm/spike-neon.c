@@ -124,4 +124,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_neon = { "neon", integrate, add_salient, NULL, &spike_prompt_kernels_neon };
+const spike_kernels spike_kernels_neon = { "neon", integrate, add_salient, NULL, spike_list_spikes, &spike_prompt_kernels_neon };

@@ -185,4 +185,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_avx2 = { "avx2", integrate, add_salient, integrate_ahead, &spike_prompt_kernels_avx2 };
+const spike_kernels spike_kernels_avx2 = { "avx2", integrate, add_salient, integrate_ahead, spike_list_spikes, &spike_prompt_kernels_avx2 };

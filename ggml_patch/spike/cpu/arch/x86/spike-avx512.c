@@ -8,6 +8,11 @@ typedef struct {
     __m512i low_even, low_odd, high_even, high_odd;
 } lanes;
 
+static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+    32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
+};
+
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
 // It would also make one product of a loop's steps.
 #define KEEP_SUM(a) __asm__("" : "+r"(a))
@@ -150,4 +155,62 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, integrate_ahead, &spike_prompt_kernels_avx512 };
+// Numbers of the bits that are set, from `first` on, to a list. Returns how many.
+static inline uint32_t list_numbers(__mmask64 found, __m512i first, uint16_t * list) {
+    const __m512i  numbers = _mm512_maskz_compress_epi8(found, _mm512_load_si512(NUMBERS));
+    const uint32_t n       = (uint32_t) __builtin_popcountll(found);
+    _mm256_storeu_si256((__m256i *) list, _mm256_add_epi16(_mm512_castsi512_si256(first), _mm256_cvtepu8_epi16(_mm512_castsi512_si128(numbers))));
+    if (__builtin_expect(n > 16, 0)) {
+        _mm512_storeu_si512(list,      _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(numbers))));
+        _mm512_storeu_si512(list + 32, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(numbers, 1))));
+    }
+    return n;
+}
+
+static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+                        spike_lists * lists) {
+    __m512i top = _mm512_setzero_si512(), number = _mm512_set1_epi16((short) first);
+    uint16_t * next_active = active;
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        const __m512i   v     = _mm512_loadu_si512(values + i);
+        const __mmask64 fires = _mm512_test_epi8_mask(v, v);
+        const __m512i   found = _mm512_maskz_compress_epi8(fires, _mm512_load_si512(NUMBERS));
+        _mm512_storeu_si512(next_active,      _mm512_add_epi16(number, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found))));
+        _mm512_storeu_si512(next_active + 32, _mm512_add_epi16(number, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1))));
+        next_active += __builtin_popcountll(fires);
+        number = _mm512_add_epi16(number, _mm512_set1_epi16(QK_SPK));
+        top    = _mm512_max_epu8(top, _mm512_abs_epi8(v));
+    }
+    int largest = SPIKE_MAX_MAGNITUDE;
+    while (largest > 0 && !_mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8((char) largest))) {
+        largest--;
+    }
+    // Numbers of 16 bits first: lists of lines would take twice the stores, and most of those would straddle cache lines.
+    uint16_t list[SPIKE_CHUNK_BLOCKS*QK_SPK + 2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK];
+    const __m128i padding = _mm_set1_epi16((short) (zero_line >> SPIKE_LINE_SHIFT));
+    const __m512i block   = _mm512_set1_epi16(QK_SPK);
+    uint16_t * next = list;
+    memset(lists->count, 0, sizeof(lists->count));
+    for (int m = largest; m > 0; m--) {
+        for (int negative = 0; negative < 2; negative++) {
+            const __m512i wanted = _mm512_set1_epi8((char) (negative ? -m : m));
+            uint32_t count = 0;
+            number = _mm512_set1_epi16((short) first);
+            for (int64_t i = 0; i < n; i += QK_SPK) {
+                count += list_numbers(_mm512_cmpeq_epi8_mask(_mm512_loadu_si512(values + i), wanted), number, next + count);
+                number = _mm512_add_epi16(number, block);
+            }
+            _mm_storel_epi64((__m128i *) (next + count), padding);
+            next += (count + SPIKE_LIST_UNIT - 1) & ~(uint32_t) (SPIKE_LIST_UNIT - 1);
+            lists->count[2*m + negative] = (uint16_t) count;
+        }
+    }
+    lists->n_places = (uint32_t) (next - list);
+    for (uint32_t e = 0; e < lists->n_places; e += 16) {
+        const __m512i lines = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) (list + e)));
+        _mm512_storeu_si512(offsets + e, _mm512_slli_epi32(lines, SPIKE_LINE_SHIFT));
+    }
+    lists->n_active = (uint32_t) (next_active - active);
+}
+
+const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512 };
