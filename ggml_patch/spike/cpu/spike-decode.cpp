@@ -14,7 +14,8 @@ namespace spike {
 namespace {
 
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
-constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 3*MAX_STAGE_RUNS; // few, so that the list stays near
+constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 4*MAX_STAGE_RUNS; // few, so that the list stays near
+constexpr int64_t  NARROW         = 6; // tiles; see request_list::append_chunk
 constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
 // Tiles that a thread computes together: neighbours in a strip.
@@ -111,9 +112,9 @@ class request_list {
     // What is on the list is there.
     void skip() { begin = end; }
 
-    // Room for a stage, behind the runs that are still to be requested, for the first time or again.
+    // Room for a stage, lines and bytes, behind the runs that are still to be requested, for the first time or again.
     void make_room() {
-        if (end + MAX_STAGE_RUNS > MAX_RUNS) {
+        if (end + 2*MAX_STAGE_RUNS > MAX_RUNS) {
             const uint32_t done = begin - SPIKE_AHEAD_AGAIN;
             memmove(runs, runs + done, (end - done)*sizeof(*runs));
             begin  -= done;
@@ -219,11 +220,19 @@ class stage_list {
     void append_stage() {
         if (group.first_tile >= own.end_tile) {
             append_next_product();
-        } else if (chunk < train->n_chunks) {
-            uint32_t n_active;
-            const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
-            requests.append_lines(spike_lines_of_tile(&layout, packed, group.first_tile), group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
+            return;
+        }
+        const int64_t own_chunk = chunk++;
+        uint32_t n_active;
+        const uint16_t * active = spike_train_active(train, layout.n_inputs, own_chunk, &n_active);
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
+        if (group.n_tiles*SPIKE_LINE_BYTES == (int64_t) lines.stride && group.n_tiles <= NARROW) {
+            const int64_t first = spike_chunk_start(layout.n_inputs, train->n_chunks, own_chunk), last = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
+            requests.append_bytes(lines.first + (size_t) first*lines.stride, (last - first)*(int64_t) lines.stride);
         } else {
+            requests.append_lines(lines, group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
+        }
+        if (chunk == train->n_chunks) {
             requests.append_bytes(spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0),
                                   group.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
             group = own.group_at(group.first_tile + group.n_tiles);
@@ -303,9 +312,6 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
                 integrate_chunk(kernels, train, c, lines, group.n_tiles, s, nullptr);
             }
         }
-        if (requests) {
-            stages.enter(0);
-        }
         for (int64_t t = 0; t < group.n_tiles; t++) {
             int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
             const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
@@ -313,9 +319,6 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
                 add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
             }
             read_out(train, output, layout, packed, tile0 + t, potential);
-            if (requests) {
-                stages.request(t + 1, group.n_tiles);
-            }
         }
     }
 }
