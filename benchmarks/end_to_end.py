@@ -50,7 +50,7 @@ from spikequant_gguf.variants import Variants
 
 DEFAULT_TYPES = "q4_0,q4_k_m,iq4_xs,q8_0,f16,spk4"
 SMOLLM2 = "smollm2"
-DEFAULT_MODELS = "smollm2,1.1b,7b"
+DEFAULT_MODELS = "smollm2,1.1b,moe,7b"
 QUICK_MODELS = "smollm2,1.1b"
 _BUFFER_LINE = re.compile(r"(\w+) model buffer size")
 _PEAK_LINE = re.compile(r"^VmHWM:\s*(\d+) kB", re.M)
@@ -60,7 +60,9 @@ _SPARE_BYTES = 2 << 30  # of disk and memory, left to others
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with command-line arguments; returns 0, or raises SystemExit."""
     parser = new_parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and no 7B model: a few minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and only two models: a few minutes"
+    )
     parser.add_argument("-m", "--model", type=Path, help="GGUF model to measure instead of --models")
     parser.add_argument("--models", type=names, help=f"({DEFAULT_MODELS}; with --quick {QUICK_MODELS})")
     parser.add_argument("--types", type=names, default=DEFAULT_TYPES, help="(%(default)s)")

@@ -17,10 +17,16 @@ from spikequant_gguf.files import atomic_path
 from spikequant_gguf.format import TYPE_SPK4
 from spikequant_gguf.ggml_patch.progress import Progress
 from spikequant_gguf.native import load
-from spikequant_gguf.shapes import SHAPES, LlamaShape
+from spikequant_gguf.shapes import SHAPES as DENSE_SHAPES
+from spikequant_gguf.shapes import LlamaShape
 from spikequant_gguf.variants import SPIKE_TYPE
 
 __all__ = ["SHAPES", "TYPES", "file_bytes", "tensor_type", "write_model"]
+
+SHAPES = DENSE_SHAPES | {
+    "moe": LlamaShape(layers=8, width=2048, ff_width=5632, heads=32, kv_heads=4, experts=8, experts_used=2)
+}
+"""Dense ones, and a mixture of experts of TinyLlama's width."""
 
 _DISTINCT_ROWS = 128
 _CONTEXT = 2048
@@ -48,11 +54,11 @@ def tensor_type(kind: str, name: str, shape: LlamaShape) -> GGMLQuantizationType
         return _T.Q4_0 if name == "token_embd" else _T(TYPE_SPK4)
     layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
     eighth = shape.layers // 8
-    if kind == "q4_k_m" and name.endswith(("attn_v", "ffn_down")):
+    if kind == "q4_k_m" and name.endswith(("attn_v", "ffn_down", "ffn_down_exps")):
         more = layer < eighth or layer >= 7 * shape.layers // 8 or (layer - eighth) % 3 == 2
         return _T.Q6_K if more else _T.Q4_K
     if kind == "iq4_xs":
-        first_down = name.endswith("ffn_down") and layer < eighth
+        first_down = name.endswith(("ffn_down", "ffn_down_exps")) and layer < eighth
         shared_v = name.endswith("attn_v") and shape.heads // shape.kv_heads >= 4
         return _T.Q5_K if first_down or shared_v else _T.IQ4_XS
     return _BULK[kind]
@@ -76,14 +82,23 @@ def write_model(path: Path, kind: str, shape: LlamaShape, progress: Progress) ->
             "output_norm",
             *(f"blk.{i}.{n}" for i in range(shape.layers) for n in ("attn_norm", "ffn_norm")),
         ]
+        routers = [f"blk.{i}.ffn_gate_inp" for i in range(shape.layers)] if shape.experts else []
         for name in norms:
             writer.add_tensor_info(f"{name}.weight", (shape.width,), np.dtype(np.float32), 4 * shape.width)
+        for name in routers:
+            size = (shape.experts, shape.width)
+            writer.add_tensor_info(f"{name}.weight", size, np.dtype(np.float32), 4 * size[0] * size[1])
         native = load()
         for name, rows, inputs in shape.matrices():
             stored = tensor_type(kind, name, shape)
-            size = (rows, native.row_bytes(int(stored), inputs))
+            row_bytes = native.row_bytes(int(stored), inputs)
+            experts = (shape.experts, rows // shape.experts) if name.endswith("_exps") else (rows,)
             writer.add_tensor_info(
-                f"{name}.weight", size, np.dtype(np.uint8), size[0] * size[1], raw_dtype=stored
+                f"{name}.weight",
+                (*experts, row_bytes),
+                np.dtype(np.uint8),
+                rows * row_bytes,
+                raw_dtype=stored,
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -91,6 +106,9 @@ def write_model(path: Path, kind: str, shape: LlamaShape, progress: Progress) ->
         for _ in norms:
             writer.write_tensor_data(np.ones(shape.width, np.float32))
         rng = np.random.default_rng(0)
+        for _ in routers:
+            values = rng.standard_normal((shape.experts, shape.width)) / np.sqrt(shape.width)
+            writer.write_tensor_data(values.astype(np.float32))
         rows_of: dict[tuple[int, int], np.ndarray] = {}
         matrices = shape.matrices()
         for done, (name, rows, inputs) in enumerate(matrices):
@@ -113,6 +131,9 @@ def _add_metadata(writer: gguf.GGUFWriter, kind: str, shape: LlamaShape) -> None
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.width // shape.heads)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_used)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("no_vocab")
     if kind == SPIKE_TYPE:

@@ -9,7 +9,12 @@ __all__ = ["SHAPES", "LlamaShape"]
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama model."""
+    """Sizes of a Llama model, or of a mixture of experts of that kind (Mixtral).
+
+    Attributes:
+        experts: of each block; 0 for one MLP.
+        experts_used: by each token.
+    """
 
     layers: int
     width: int
@@ -17,10 +22,16 @@ class LlamaShape:
     heads: int
     kv_heads: int
     vocabulary: int = 32000
+    experts: int = 0
+    experts_used: int = 0
 
     def linear_layers(self) -> list[tuple[str, int, int]]:
-        """(name, rows, inputs) of the matrices of all blocks, in the order of the file."""
+        """(name, rows, inputs) of the matrices of all blocks, in the order of the file.
+
+        The experts of a block are one tensor, row after row. Their router is not among these.
+        """
         kv_width = self.width // self.heads * self.kv_heads
+        number, suffix = (self.experts, "_exps") if self.experts else (1, "")
         found = []
         for layer in range(self.layers):
             block = f"blk.{layer}."
@@ -29,9 +40,9 @@ class LlamaShape:
                 (f"{block}attn_k", kv_width, self.width),
                 (f"{block}attn_v", kv_width, self.width),
                 (f"{block}attn_output", self.width, self.width),
-                (f"{block}ffn_gate", self.ff_width, self.width),
-                (f"{block}ffn_up", self.ff_width, self.width),
-                (f"{block}ffn_down", self.width, self.ff_width),
+                (f"{block}ffn_gate{suffix}", number * self.ff_width, self.width),
+                (f"{block}ffn_up{suffix}", number * self.ff_width, self.width),
+                (f"{block}ffn_down{suffix}", number * self.width, self.ff_width),
             ]
         return found
 

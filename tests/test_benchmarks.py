@@ -164,9 +164,19 @@ def test_end_to_end(tmp_path: Path, tiny_model_f32: Path, cache: dict[str, str])
     assert "CPU_SPIKE" in rows[1]["path"]
 
 
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_k_m", "iq4_xs", "spk4"])
-def test_models_of_random_weights(random_models: ModuleType, tmp_path: Path, kind: str) -> None:
-    shape = random_models.LlamaShape(layers=8, width=256, ff_width=512, heads=4, kv_heads=1, vocabulary=512)
+def test_models_of_random_weights(random_models: ModuleType, tmp_path: Path, kind: str, experts: int) -> None:
+    shape = random_models.LlamaShape(
+        layers=8,
+        width=256,
+        ff_width=512,
+        heads=4,
+        kv_heads=1,
+        vocabulary=512,
+        experts=experts,
+        experts_used=2,
+    )
     path = tmp_path / "random.gguf"
     random_models.write_model(path, kind, shape, SilentProgress())
     assert 0 < path.stat().st_size - random_models.file_bytes(kind, shape) < 100_000

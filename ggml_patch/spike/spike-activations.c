@@ -196,8 +196,8 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     float   * v    = scratch;
     int32_t  * keys = (int32_t *) (scratch + n);
 
-    const spike_wide_encoder * wide = spike_wide_encoder_avx512();
-    const spike_magnitudes magnitudes = wide ? wide->rotate_token(x, v, n, params->rotated) : rotate_token(x, v, n, params->rotated);
+    const spike_vector_encoder * vector = spike_select_encoder();
+    const spike_magnitudes magnitudes = vector ? vector->rotate_token(x, v, n, params->rotated) : rotate_token(x, v, n, params->rotated);
     const int32_t top_bits = magnitudes.top;
     if (magnitudes.largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
         encode_nothing(y, pack ? n_blocks : 1, params, quiet_nan());
@@ -206,7 +206,7 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
         }
         return;
     }
-    int32_t mad_bits = wide ? wide->median_of_magnitudes(v, n, magnitudes.mean, keys) : -1;
+    int32_t mad_bits = vector ? vector->median_of_magnitudes(v, n, magnitudes.mean, keys) : -1;
     if (mad_bits < 0) {
         mad_bits = median_of_magnitudes(v, n, magnitudes.mean, keys);
     }
@@ -233,9 +233,9 @@ static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t
     const float hi = (float) (15 - params->zero_point);
     const float silence = params->silence;
     const int32_t zero_point = params->zero_point;
-    if (wide && !pack) {
+    if (vector && !pack) {
         const spike_coding coding = { inverse, coarser, coarse_unit, lo, hi, silence };
-        const bool any = wide->code_values(v, n, &coding, values, values + n);
+        const bool any = vector->code_values(v, n, &coding, values, values + n);
         encode_nothing(y, 1, params, step);
         y->salient_shift = (uint8_t) (any ? shift : 0);
         return;

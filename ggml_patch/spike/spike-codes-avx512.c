@@ -6,7 +6,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <immintrin.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define WIDE __attribute__((target("avx512f,avx512bw,popcnt")))
@@ -156,30 +155,16 @@ WIDE static int32_t median_of_magnitudes(const float * v, int64_t n, float mean,
     return select_rank(keys, between, rank - below, lower, upper - 1);
 }
 
-static const spike_wide_encoder AVX512 = { rotate_token, median_of_magnitudes, code_values };
+static const spike_vector_encoder AVX512 = { "avx512", rotate_token, median_of_magnitudes, code_values };
 
-static const spike_wide_encoder * select_once(void) {
-    const char * forced = getenv("SPIKEQUANT_FORCE_ISA"); // as spike-kernels.c understands it
-    if (forced && *forced && strcmp(forced, "avx512") != 0) {
-        return NULL;
-    }
+const spike_vector_encoder * spike_vector_encoder_avx512(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("popcnt") ? &AVX512 : NULL;
 }
 
-const spike_wide_encoder * spike_wide_encoder_avx512(void) {
-    static const spike_wide_encoder * selected;
-    static bool decided; // every thread would find the same
-    if (!__atomic_load_n(&decided, __ATOMIC_ACQUIRE)) {
-        __atomic_store_n(&selected, select_once(), __ATOMIC_RELAXED);
-        __atomic_store_n(&decided, true, __ATOMIC_RELEASE);
-    }
-    return __atomic_load_n(&selected, __ATOMIC_RELAXED);
-}
-
 #else
 
-const spike_wide_encoder * spike_wide_encoder_avx512(void) {
+const spike_vector_encoder * spike_vector_encoder_avx512(void) {
     return NULL;
 }
 

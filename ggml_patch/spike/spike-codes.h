@@ -1,4 +1,4 @@
-// What the encoder has for CPUs with wide vectors.
+// What the encoder has for some instruction sets.
 #pragma once
 
 #include <stdbool.h>
@@ -22,6 +22,8 @@ typedef struct {
 
 // Parts of the encoder that are worth more than what a compiler makes of plain C. n is a multiple of 64.
 typedef struct {
+    const char * name; // of the kernels that it goes with
+
     // v: the token, rotated if that is wanted.
     spike_magnitudes (*rotate_token)(const float * x, float * v, int64_t n, bool rotated);
 
@@ -31,7 +33,11 @@ typedef struct {
 
     // Fine and coarse values of n activations. Returns whether any is coarse.
     bool (*code_values)(const float * v, int64_t n, const spike_coding * coding, int8_t * fine, int8_t * coarse);
-} spike_wide_encoder;
+} spike_vector_encoder;
 
-// NULL where this CPU has no AVX-512, or another instruction set is forced.
-const spike_wide_encoder * spike_wide_encoder_avx512(void);
+// NULL where this CPU cannot run it.
+const spike_vector_encoder * spike_vector_encoder_avx2(void);
+const spike_vector_encoder * spike_vector_encoder_avx512(void);
+
+// The fastest, or the one that the environment variable SPIKEQUANT_FORCE_ISA names (see spike-kernels.h); NULL for plain C.
+const spike_vector_encoder * spike_select_encoder(void);

@@ -21,6 +21,8 @@ function(spike_add_reference target)
     spike_add_sources(${target}
         ${SPIKE_DIR}/spike-about.c
         ${SPIKE_DIR}/spike-activations.c
+        ${SPIKE_DIR}/spike-codes.c
+        ${SPIKE_DIR}/spike-codes-avx2.c
         ${SPIKE_DIR}/spike-codes-avx512.c
         ${SPIKE_DIR}/spike-rotation.c
         ${SPIKE_DIR}/spike-settings.c
