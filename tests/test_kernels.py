@@ -19,12 +19,19 @@ PROGRAM_BYTES = 4 + 4 + 16 * 8  # spike_program
 TRAIN_BYTES = 32  # spike_train
 CLASSES = 2
 LIST_SLACK = 64
+AHEAD_SHIFT, AHEAD_AGAIN = 16, 32
 
 
 class _Ahead(ctypes.Structure):
     """spike_ahead of spike-kernels.h."""
 
-    _fields_ = [("lines", c_void_p), ("offsets", c_void_p), ("position", c_uint32), ("step", c_uint32)]
+    _fields_ = [
+        ("runs", c_void_p),
+        ("second", c_size_t),
+        ("third", c_size_t),
+        ("position", c_uint32),
+        ("step", c_uint32),
+    ]
 
 
 class _Kernels(ctypes.Structure):
@@ -99,8 +106,10 @@ class Train:
                 program = base + TRAIN_BYTES + (chunk * CLASSES + k) * PROGRAM_BYTES
                 arguments = lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
                 if ahead:
-                    offsets = np.zeros(self.max_spikes, np.uint32)
-                    requests = _Ahead(lines.ctypes.data, offsets.ctypes.data, 0, 3 << 14)
+                    runs = np.full(AHEAD_AGAIN + self.max_spikes, lines.ctypes.data, np.uint64)
+                    requests = _Ahead(
+                        runs.ctypes.data, LINE, 2 * LINE * (chunk % 2), AHEAD_AGAIN << AHEAD_SHIFT, 3 << 14
+                    )
                     where, *rest = arguments
                     kernels(name).integrate_ahead(where, 1, *rest, 0, ctypes.byref(requests))
                 else:

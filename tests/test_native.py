@@ -91,7 +91,7 @@ def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str
         pytest.skip(f"NOT RUN, only compiled and disassembled: this CPU has no {kernel}")
     report = report_of(built, architecture, kernel)
     assert report["products"][0] >= LEAST_PRODUCTS and report["products"][1] == 0
-    for subject in ("salients", "lists"):
+    for subject in ("salients", "lists", "blocks"):
         assert report[subject][0] > 0 and report[subject][1] == 0
     report = report_of(built.with_name("check_prompts"), architecture, kernel)
     assert report["prompts"][0] >= LEAST_PRODUCTS and set(report) == PROMPT_SUBJECTS

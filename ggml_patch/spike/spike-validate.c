@@ -92,20 +92,30 @@ bool spike_validate_activations(const void * data, size_t n_blocks) {
     return true;
 }
 
+// NULL, or what is wrong with a block of a row, given the first header of the row and the rotation of the tensor.
+static const char * check_block_of_row(const block_spk4 * x, uint16_t header, uint16_t rotation) {
+    const char * fault = spike_check_weights(x);
+    if (fault) {
+        return fault;
+    }
+    if (x->header != header) {
+        return "header differs from the first block of its row";
+    }
+    return (x->header & SPK4_NOT_ROTATED) != rotation ? "rotation differs from the first row" : NULL;
+}
+
 bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows) {
     const int64_t n_blocks = n_per_row/QK_SPK;
     const block_spk4 * x = data;
     const uint16_t rotation = n_rows*n_blocks > 0 ? x[0].header & SPK4_NOT_ROTATED : 0;
     for (int64_t r = 0; r < n_rows; r++) {
         const block_spk4 * row = x + r*n_blocks;
+        bool sound = true;
         for (int64_t b = 0; b < n_blocks; b++) {
-            const char * fault = spike_check_weights(row + b);
-            if (!fault && row[b].header != row[0].header) {
-                fault = "header differs from the first block of its row";
-            }
-            if (!fault && (row[b].header & SPK4_NOT_ROTATED) != rotation) {
-                fault = "rotation differs from the first row";
-            }
+            sound &= spike_is_sound(row + b) & (row[b].header == row[0].header) & ((row[b].header & SPK4_NOT_ROTATED) == rotation);
+        }
+        for (int64_t b = 0; !sound && b < n_blocks; b++) {
+            const char * fault = check_block_of_row(row + b, row[0].header, rotation);
             if (fault) {
                 GGML_LOG_ERROR("%s: tensor '%s', row %" PRId64 ", block %" PRId64 ": %s\n", __func__, name, r, b, fault);
                 return false;

@@ -114,6 +114,16 @@ GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata,
 
 // ---- validation (spike-validate.c): every bit pattern is valid or rejected
 
+// Whether spike_check_weights finds nothing, without a branch.
+static inline bool spike_is_sound(const block_spk4 * x) {
+    const unsigned first = x->salient[0] >> 6, second = x->salient[1] >> 6; // extensions: 0 none, 3 invalid
+    const bool threshold = ((x->header & 0x7C00) != 0x7C00) & ((x->header & SPK4_THRESHOLD) != 0);
+    const bool valid     = (first != 3) & (second != 3);
+    const bool unused    = ((first != 0) | (x->salient[0] == 0)) & ((second != 0) | (x->salient[1] == 0));
+    const bool ascending = (second == 0) | ((first != 0) & ((x->salient[0] & 63) < (x->salient[1] & 63)));
+    return threshold & valid & unused & ascending;
+}
+
 // NULL if the block alone is valid, else what is wrong with it.
 GGML_API const char * spike_check_weights(const block_spk4 * x);
 GGML_API const char * spike_check_activations(const block_spka * x);

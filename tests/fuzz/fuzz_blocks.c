@@ -40,7 +40,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     for (size_t i = 0; i < n_weights; i++) {
         const bool sound = spike_check_weights(weights + i) == NULL;
         fuzz_require(sound || !valid, "a valid tensor has valid blocks");
-        fuzz_require(sound == spike_validate_weights(weights + i, 1), "both checks of a block agree");
+        fuzz_require(sound == spike_validate_weights(weights + i, 1) && sound == spike_is_sound(weights + i), "all checks of a block agree");
     }
     for (int64_t b = 0; b < n_blocks; b++) {
         fuzz_require((spike_check_activations(token + b) == NULL) == spike_validate_activations(token + b, 1), "both checks of a token agree");
@@ -59,7 +59,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const spike_layout layout = spike_layout_of(n_blocks*QK_SPK, n_rows);
     uint8_t    * packed = allocate_unset(layout.size);
     block_spk4 * back   = allocate_unset(n_weights*sizeof(block_spk4));
-    spike_pack_matrix(&layout, weights, packed);
+    fuzz_require(spike_pack_tiles(&layout, weights, packed, 0, layout.n_tiles) == valid, "repacking finds what the check of a tensor finds");
     spike_unpack_matrix(&layout, packed, back);
     if (headers_agree(weights, n_rows, n_blocks)) {
         fuzz_require(memcmp(weights, back, n_weights*sizeof(block_spk4)) == 0, "repacked weights come back");

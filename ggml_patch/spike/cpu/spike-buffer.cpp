@@ -10,6 +10,7 @@
 #include "traits.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -43,18 +44,27 @@ size_t stored_matrix_size(const ggml_tensor * tensor) {
     return ggml_row_size(tensor->type, tensor->ne[0])*(size_t) tensor->ne[1];
 }
 
-// Tiles of all matrices of a tensor, shared out over the CPU's cores if there are enough to pay for threads.
-void pack(ggml_tensor * tensor, const void * data) {
+uint16_t rotation_of(const void * blocks) {
+    return ((const block_spk4 *) blocks)->header & SPK4_NOT_ROTATED;
+}
+
+// Tiles of all matrices of a tensor, shared out over the CPU's cores if there are enough to pay for threads. Returns whether
+// the data is sound.
+bool pack(ggml_tensor * tensor, const void * data) {
     constexpr int64_t BYTES_PER_THREAD = 1 << 20;
     const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
     const int64_t n_units = layout.n_tiles*tensor->ne[2]*tensor->ne[3];
+    std::atomic<bool> sound { true };
     const auto pack_units = [&](int64_t first, int64_t end) {
         for (int64_t unit = first, next; unit < end; unit = next) {
             const int64_t m     = unit/layout.n_tiles;
             const int64_t tile0 = unit - m*layout.n_tiles;
             const char *  blocks = (const char *) data + (size_t) m*stored_matrix_size(tensor);
             next = std::min(end, (m + 1)*layout.n_tiles);
-            spike_pack_tiles(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size, tile0, tile0 + next - unit);
+            if (!spike_pack_tiles(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size, tile0, tile0 + next - unit)
+                    || rotation_of(blocks) != rotation_of(data)) {
+                sound = false;
+            }
         }
     };
     const int64_t n_cores   = std::max(1u, std::thread::hardware_concurrency());
@@ -72,13 +82,16 @@ void pack(ggml_tensor * tensor, const void * data) {
     for (std::thread & helper : helpers) {
         helper.join();
     }
+    return sound;
 }
 
 void store(ggml_tensor * tensor, const void * data) {
-    if (can_repack(tensor) && spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor))) {
-        pack(tensor, data);
+    if (can_repack(tensor) && pack(tensor, data)) {
         tensor->extra = &form_tiles;
     } else {
+        if (can_repack(tensor)) {
+            spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor)); // says what is wrong
+        }
         memcpy(tensor->data, data, ggml_nbytes(tensor));
         tensor->extra = &form_stored;
     }

@@ -2,8 +2,9 @@
 //
 // A product of one token is bound by memory, which is read at full speed only if requests for lines come evenly and in the
 // order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
-// inputs are left out. So the work of a thread is a sequence of stages (each chunk of inputs, then the salient weights), and
-// while a stage computes, the lines of the next one are requested, one for every so many places of its spike lists.
+// inputs are left out. So the work of a thread is a sequence of stages, one for each chunk of inputs, and while a stage
+// computes, the lines of the next one are requested, one for every so many places of its spike lists: with the last chunk's the
+// salient weights, and with what follows it the first chunk of the next product.
 #include "spike-encoding.h"
 #include "spike-tiles.h"
 
@@ -15,7 +16,6 @@ namespace {
 
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 4*MAX_STAGE_RUNS; // few, so that the list stays near
-constexpr int64_t  NARROW         = 6; // tiles; see request_list::append_chunk
 constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
 // Tiles that a thread computes together: neighbours in a strip.
@@ -97,11 +97,13 @@ struct next_product {
     }
 };
 
-// Requests of lines in the order in which they will be needed, in runs: of four lines side by side if the thread has so many
-// tiles, else of as many as it has, some of them twice; of two at least.
+// Requests of lines in the order in which they will be needed, in runs of four lines side by side, or six: so that there are no
+// more of them than requests while the lines of as many inputs are added, one for every four. A thread with fewer tiles
+// requests as many as it has, some of them twice; two at least.
 class request_list {
   public:
-    request_list(const uint8_t ** runs, int64_t n_tiles) : runs(runs), lines_of_run(std::min<int64_t>(std::max<int64_t>(n_tiles, 2), 4)) {}
+    request_list(const uint8_t ** runs, int64_t n_tiles) :
+        runs(runs), lines_of_run(std::min<int64_t>(std::max<int64_t>(n_tiles, 2), n_tiles % 4 == 0 ? 4 : 6)) {}
 
     // For an empty list: so many places that nobody requests for the first time.
     void begin_with(const uint8_t * line) {
@@ -112,7 +114,7 @@ class request_list {
     // What is on the list is there.
     void skip() { begin = end; }
 
-    // Room for a stage, lines and bytes, behind the runs that are still to be requested, for the first time or again.
+    // Room for a stage, behind the runs that are still to be requested, for the first time or again.
     void make_room() {
         if (end + 2*MAX_STAGE_RUNS > MAX_RUNS) {
             const uint32_t done = begin - SPIKE_AHEAD_AGAIN;
@@ -151,7 +153,7 @@ class request_list {
     // What is not requested yet of the list without its last `beyond` runs, spread over so many places.
     spike_ahead spread(uint32_t beyond, uint32_t n_places) {
         target = end - beyond;
-        spike_ahead ahead = { runs, second_half(), begin << SPIKE_AHEAD_SHIFT, 0 };
+        spike_ahead ahead = { runs, second_pair(), third_pair(), begin << SPIKE_AHEAD_SHIFT, 0 };
         if (n_places > 0 && target > begin) {
             const uint64_t step = ((uint64_t) (target - begin) << SPIKE_AHEAD_SHIFT)*SPIKE_LIST_UNIT/n_places;
             ahead.step = (uint32_t) std::min<uint64_t>(step, 1 << SPIKE_AHEAD_SHIFT);
@@ -159,28 +161,24 @@ class request_list {
         return ahead;
     }
 
-    // Requests as much of that as is due when such a share of a stage without places is done.
-    void request(int64_t done, int64_t of) {
-        for (const uint32_t due = begin + (uint32_t) ((int64_t) (target - begin)*done/of); begin < due; begin++) {
+    // Requests the rest of that, after the stage.
+    void finish(const spike_ahead & ahead) {
+        begin = std::max(begin, std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT));
+        for (; begin < target; begin++) {
             for (const uint8_t * run : { runs[begin], runs[begin - SPIKE_AHEAD_AGAIN] }) {
-                for (const uint8_t * half : { run, run + second_half() }) {
-                    prefetch(half);
-                    prefetch(half + SPIKE_LINE_BYTES);
+                for (const uint8_t * pair : { run, run + second_pair(), run + third_pair() }) { // a third of 0: the first again
+                    prefetch(pair);
+                    prefetch(pair + SPIKE_LINE_BYTES);
                 }
             }
         }
     }
 
-    // The rest of that, after a stage with places.
-    void finish(const spike_ahead & ahead) {
-        begin = std::max(begin, std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT));
-        request(1, 1);
-    }
-
     uint32_t size() const { return end; }
 
   private:
-    size_t second_half() const { return (size_t) (lines_of_run - 2)*SPIKE_LINE_BYTES; }
+    size_t second_pair() const { return (size_t) std::min<int64_t>(lines_of_run - 2, 2)*SPIKE_LINE_BYTES; }
+    size_t third_pair() const { return lines_of_run > 4 ? (size_t) (lines_of_run - 2)*SPIKE_LINE_BYTES : 0; }
 
     const uint8_t ** runs;
     const int64_t    lines_of_run;
@@ -214,24 +212,15 @@ class stage_list {
 
     void leave(const spike_ahead & ahead) { requests.finish(ahead); }
 
-    void request(int64_t done, int64_t of) { requests.request(done, of); }
-
   private:
     void append_stage() {
         if (group.first_tile >= own.end_tile) {
             append_next_product();
             return;
         }
-        const int64_t own_chunk = chunk++;
         uint32_t n_active;
-        const uint16_t * active = spike_train_active(train, layout.n_inputs, own_chunk, &n_active);
-        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
-        if (group.n_tiles*SPIKE_LINE_BYTES == (int64_t) lines.stride && group.n_tiles <= NARROW) {
-            const int64_t first = spike_chunk_start(layout.n_inputs, train->n_chunks, own_chunk), last = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
-            requests.append_bytes(lines.first + (size_t) first*lines.stride, (last - first)*(int64_t) lines.stride);
-        } else {
-            requests.append_lines(lines, group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
-        }
+        const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
+        requests.append_lines(spike_lines_of_tile(&layout, packed, group.first_tile), group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
         if (chunk == train->n_chunks) {
             requests.append_bytes(spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0),
                                   group.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);

@@ -16,8 +16,8 @@ extern "C" {
 #define SPIKE_AHEAD_SHIFT 16
 #define SPIKE_AHEAD_AGAIN 32
 typedef struct {
-    const uint8_t * const * runs; // each of four lines: two at the address, two at `second` bytes from there
-    size_t                  second;
+    const uint8_t * const * runs; // each of four or six lines: two at the address, two at `second` bytes from there, two at `third`
+    size_t                  second, third; // third 0: four
     uint32_t                position; // of the next run, times 2^SPIKE_AHEAD_SHIFT; from SPIKE_AHEAD_AGAIN places on
     uint32_t                step;     // for every SPIKE_LIST_UNIT spikes
 } spike_ahead;

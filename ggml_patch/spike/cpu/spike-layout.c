@@ -15,49 +15,80 @@ spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows) {
     return layout;
 }
 
-// Byte k of word j becomes byte j of word k, counted as on a little-endian machine, which the format is for.
-static inline void transpose8(uint64_t words[8]) {
-    static const uint64_t KEPT[3] = { UINT64_C(0x00FF00FF00FF00FF), UINT64_C(0x0000FFFF0000FFFF), UINT64_C(0x00000000FFFFFFFF) };
-    for (int stage = 0; stage < 3; stage++) { // squares of 1, 2 and 4 bytes change places across the diagonal
-        const int step = 1 << stage, bits = 8*step;
-        for (int j = 0; j < 8; j++) {
-            if (!(j & step)) {
-                const uint64_t swapped = (words[j] >> bits ^ words[j + step]) & KEPT[stage];
-                words[j + step] ^= swapped;
-                words[j]        ^= swapped << bits;
-            }
+enum { SQUARE = 16 }; // rows and bytes that are transposed together
+
+#if defined(__GNUC__)
+
+typedef uint8_t bytes16 __attribute__((vector_size(SQUARE)));
+
+#    if defined(__clang__)
+#        define INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#    else
+#        define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (bytes16) { __VA_ARGS__ })
+#    endif
+
+// Byte k of row j becomes byte j of row k: four times, each row of the upper half is interleaved with its partner of the lower.
+static inline void transpose(uint8_t square[SQUARE][SQUARE]) {
+    bytes16 rows[SQUARE], next[SQUARE];
+    memcpy(rows, square, sizeof(rows));
+    for (int stage = 0; stage < 4; stage++) {
+        for (int j = 0; j < SQUARE/2; j++) {
+            next[2*j]     = INTERLEAVE(rows[j], rows[j + SQUARE/2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2*j + 1] = INTERLEAVE(rows[j], rows[j + SQUARE/2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        memcpy(rows, next, sizeof(rows));
+    }
+    memcpy(square, rows, sizeof(rows));
+}
+
+#else
+
+static inline void transpose(uint8_t square[SQUARE][SQUARE]) {
+    for (int j = 0; j < SQUARE; j++) {
+        for (int k = 0; k < j; k++) {
+            const uint8_t x = square[j][k];
+            square[j][k] = square[k][j];
+            square[k][j] = x;
         }
     }
 }
 
+#endif
+
 // The lines of a block of inputs for 128 rows: 128 times 32 bytes of codes, transposed. rows: of the tile; the others are 0.
-static void pack_lines(const block_spk4 * first_row, int64_t row_stride, int64_t n_rows, uint8_t lines[QK_SPK][SPIKE_LINE_BYTES]) {
+static void pack_lines(const block_spk4 * first_row, int64_t row_stride, int64_t n_rows, uint8_t * lines, size_t stride) {
     uint8_t codes[QK_SPK/2][SPIKE_TILE_ROWS]; // [byte of a block][row]
-    for (int64_t r0 = 0; r0 < SPIKE_TILE_ROWS; r0 += 8) {
-        for (int j0 = 0; j0 < QK_SPK/2; j0 += 8) {
-            uint64_t words[8];
-            for (int64_t r = 0; r < 8; r++) {
-                words[r] = 0;
+    for (int64_t r0 = 0; r0 < SPIKE_TILE_ROWS; r0 += SQUARE) {
+        for (int j0 = 0; j0 < QK_SPK/2; j0 += SQUARE) {
+            uint8_t square[SQUARE][SQUARE];
+            for (int64_t r = 0; r < SQUARE; r++) {
                 if (r0 + r < n_rows) {
-                    memcpy(&words[r], first_row[(r0 + r)*row_stride].codes + j0, sizeof(words[r]));
+                    memcpy(square[r], first_row[(r0 + r)*row_stride].codes + j0, SQUARE);
+                } else {
+                    memset(square[r], 0, SQUARE);
                 }
             }
-            transpose8(words);
-            for (int j = 0; j < 8; j++) {
-                memcpy(&codes[j0 + j][r0], &words[j], sizeof(words[j]));
+            transpose(square);
+            for (int j = 0; j < SQUARE; j++) {
+                memcpy(&codes[j0 + j][r0], square[j], SQUARE);
             }
         }
     }
     for (int j = 0; j < QK_SPK/2; j++) {
+        uint8_t near_line[SPIKE_LINE_BYTES], far_line[SPIKE_LINE_BYTES];
         for (int k = 0; k < SPIKE_LINE_BYTES; k++) {
             const uint8_t near = codes[j][k], far = codes[j][k + SPIKE_LINE_BYTES];
-            lines[j][k]            = (uint8_t) ((near & 15) | far << 4);
-            lines[j + QK_SPK/2][k] = (uint8_t) (near >> 4 | (far & 0xF0));
+            near_line[k] = (uint8_t) ((near & 15) | far << 4);
+            far_line[k]  = (uint8_t) (near >> 4 | (far & 0xF0));
         }
+        memcpy(lines + (size_t) j*stride, near_line, SPIKE_LINE_BYTES);
+        memcpy(lines + (size_t) (j + QK_SPK/2)*stride, far_line, SPIKE_LINE_BYTES);
     }
 }
 
-void spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile) {
+bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile) {
+    const uint16_t rotation = layout->n_rows > 0 ? blocks->header & SPK4_NOT_ROTATED : 0;
+    bool sound = true;
     for (int64_t tile = first_tile; tile < end_tile; tile++) {
         const spike_tile_lines lines = spike_lines_of_tile(layout, packed, tile);
         uint8_t * first = packed + (lines.first - packed);
@@ -65,10 +96,11 @@ void spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
         const int64_t n_rows = layout->n_rows - row0 < SPIKE_TILE_ROWS ? layout->n_rows - row0 : SPIKE_TILE_ROWS;
         for (int64_t b = 0; b < layout->n_blocks; b++) {
             const block_spk4 * column = blocks + row0*layout->n_blocks + b;
-            uint8_t block_lines[QK_SPK][SPIKE_LINE_BYTES];
-            pack_lines(column, layout->n_blocks, n_rows, block_lines);
-            for (int i = 0; i < QK_SPK; i++) {
-                memcpy(first + (size_t) (b*QK_SPK + i)*lines.stride, block_lines[i], SPIKE_LINE_BYTES);
+            pack_lines(column, layout->n_blocks, n_rows, first + (size_t) (b*QK_SPK)*lines.stride, lines.stride);
+            for (int64_t r = 0; r < n_rows; r++) {
+                const block_spk4 * block = column + r*layout->n_blocks;
+                sound &= spike_is_sound(block) & (block->header == blocks[(row0 + r)*layout->n_blocks].header)
+                    & ((block->header & SPK4_NOT_ROTATED) == rotation);
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 uint8_t * salients = packed + (spike_salients_of_tile(layout, packed, tile, b, slot) - packed);
@@ -83,6 +115,7 @@ void spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
             memcpy(packed + layout->header_offset + (size_t) (row0 + r)*sizeof(header), &header, sizeof(header));
         }
     }
+    return sound;
 }
 
 void spike_pack_matrix(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed) {

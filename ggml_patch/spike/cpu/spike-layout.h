@@ -62,8 +62,9 @@ static inline const uint16_t * spike_headers(const spike_layout * layout, const 
     return (const uint16_t *) (packed + layout->header_offset);
 }
 
-// Some tiles of a matrix, or all of them; each writes its own lines, salient weights and headers.
-void spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile);
+// Some tiles of a matrix, or all of them; each writes its own lines, salient weights and headers. Returns whether all
+// their blocks are sound, as spike_validate_tensor would find them.
+bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile);
 void spike_pack_matrix(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed);
 void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, block_spk4 * blocks);
 

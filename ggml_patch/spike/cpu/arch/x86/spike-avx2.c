@@ -32,25 +32,31 @@ static inline __attribute__((always_inline)) void flush(__m256i low, __m256i hig
     current->high_odd  = add16(current->high_odd,  _mm256_srli_epi16(high_own, 8), negative);
 }
 
-static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, size_t second) {
-    _mm_prefetch((const char *) run, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + SPIKE_LINE_BYTES, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + second, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + second + SPIKE_LINE_BYTES, _MM_HINT_T1);
+static inline __attribute__((always_inline)) void prefetch_pair(const uint8_t * line) {
+    _mm_prefetch((const char *) line, _MM_HINT_T1);
+    _mm_prefetch((const char *) line + SPIKE_LINE_BYTES, _MM_HINT_T1);
+}
+
+static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
+    prefetch_pair(run);
+    prefetch_pair(run + ahead->second);
+    if (pairs == 3) {
+        prefetch_pair(run + ahead->third);
+    }
 }
 
 // A run for the first time, and one again.
-static inline __attribute__((always_inline)) void request(spike_ahead * ahead) {
+static inline __attribute__((always_inline)) void request(spike_ahead * ahead, int pairs) {
     const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
-    prefetch_run(next[0], ahead->second);
-    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead->second);
+    prefetch_run(next[0], ahead, pairs);
+    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);
     ahead->position += ahead->step;
     KEEP_SUM(ahead->position);
 }
 
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,
                                                                        lanes * current0, lanes * current1, int negative,
-                                                                       spike_ahead * ahead) {
+                                                                       spike_ahead * ahead, int pairs) {
     const __m256i nibble = _mm256_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
@@ -67,7 +73,7 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 KEEP_ORDER(low0, high0, low1, high1);
             }
             if (ahead) {
-                request(ahead);
+                request(ahead, pairs);
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
@@ -102,18 +108,18 @@ static inline __attribute__((always_inline)) void grow(lanes * sum, const lanes 
     sum->high_odd  = _mm256_add_epi16(sum->high_odd,  current->high_odd);
 }
 
-// With ahead NULL, known when this is compiled, nothing is prefetched.
+// With ahead NULL nothing is prefetched. Whether it is, and pairs, are known when this is compiled.
 static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program,
                                                               const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
-                                                              spike_ahead * ahead) {
+                                                              spike_ahead * ahead, int pairs) {
     const __m256i zero = _mm256_setzero_si256();
     const lanes silent = { zero, zero, zero, zero };
     lanes current0 = silent, current1 = silent, sum0 = silent, sum1 = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current0, &current1, 0, ahead);
-        offsets = add_list(lines, offsets, step->n_negative, &current0, &current1, 1, ahead);
+        offsets = add_list(lines, offsets, step->n_positive, &current0, &current1, 0, ahead, pairs);
+        offsets = add_list(lines, offsets, step->n_negative, &current0, &current1, 1, ahead, pairs);
         grow(&sum0, &current0);
         grow(&sum1, &current1);
         if (step->spill) {
@@ -129,7 +135,7 @@ static inline __attribute__((always_inline)) void run_program(const uint8_t * li
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, program, offsets, potential, NULL);
+    run_program(lines, program, offsets, potential, NULL, 0);
 }
 
 __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int64_t n_tiles, const spike_program * program,
@@ -137,7 +143,11 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
                                                      spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
     for (; n_tiles > 0; n_tiles--) {
-        run_program(lines, program, offsets, potential, &own);
+        if (own.third) {
+            run_program(lines, program, offsets, potential, &own, 3);
+        } else {
+            run_program(lines, program, offsets, potential, &own, 2);
+        }
         lines     += SPIKE_LINE_BYTES;
         potential += potential_stride;
         KEEP_SUM(potential);

@@ -21,25 +21,31 @@ static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b,
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
 }
 
-static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, size_t second) {
-    _mm_prefetch((const char *) run, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + SPIKE_LINE_BYTES, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + second, _MM_HINT_T1);
-    _mm_prefetch((const char *) run + second + SPIKE_LINE_BYTES, _MM_HINT_T1);
+static inline __attribute__((always_inline)) void prefetch_pair(const uint8_t * line) {
+    _mm_prefetch((const char *) line, _MM_HINT_T1);
+    _mm_prefetch((const char *) line + SPIKE_LINE_BYTES, _MM_HINT_T1);
+}
+
+static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
+    prefetch_pair(run);
+    prefetch_pair(run + ahead->second);
+    if (pairs == 3) {
+        prefetch_pair(run + ahead->third);
+    }
 }
 
 // A run for the first time, and one again.
-static inline __attribute__((always_inline)) void request(spike_ahead * ahead) {
+static inline __attribute__((always_inline)) void request(spike_ahead * ahead, int pairs) {
     const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
-    prefetch_run(next[0], ahead->second);
-    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead->second);
+    prefetch_run(next[0], ahead, pairs);
+    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);
     ahead->position += ahead->step;
     KEEP_SUM(ahead->position);
 }
 
-// With ahead NULL, known when this is compiled, nothing is prefetched.
+// With ahead NULL nothing is prefetched. Whether it is, and pairs, are known when this is compiled.
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, lanes * current,
-                                                                       int negative, spike_ahead * ahead) {
+                                                                       int negative, spike_ahead * ahead, int pairs) {
     const __m512i nibble = _mm512_set1_epi8(15);
     while (n > 0) {
         int group = n < 16 ? n : 16;
@@ -54,7 +60,7 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
                 KEEP_ORDER(low, high);
             }
             if (ahead) {
-                request(ahead);
+                request(ahead, pairs);
             }
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
@@ -88,15 +94,15 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
 }
 
 static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                              int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead) {
+                                                              int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead, int pairs) {
     const __m512i zero = _mm512_setzero_si512();
     const lanes silent = { zero, zero, zero, zero };
     lanes current = silent, sum = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead);
-        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead);
+        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead, pairs);
+        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead, pairs);
         sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
         sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
         sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
@@ -112,7 +118,7 @@ static inline __attribute__((always_inline)) void run_program(const uint8_t * li
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
-    run_program(lines, program, offsets, potential, NULL);
+    run_program(lines, program, offsets, potential, NULL, 0);
 }
 
 // One tile after the other: two at a time are no faster, and their requests come in pairs.
@@ -121,7 +127,11 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
                                                      spike_ahead * ahead) {
     spike_ahead own = *ahead; // in registers
     for (; n_tiles > 0; n_tiles--) {
-        run_program(lines, program, offsets, potential, &own);
+        if (own.third) {
+            run_program(lines, program, offsets, potential, &own, 3);
+        } else {
+            run_program(lines, program, offsets, potential, &own, 2);
+        }
         lines     += SPIKE_LINE_BYTES;
         potential += potential_stride;
         KEEP_SUM(potential);
