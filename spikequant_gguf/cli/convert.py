@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+_DEFAULT_TEXT_NOTE = (
+    "note: calibrated on Python's documentation, for want of a text. With one like those that the model will see it "
+    "loses less: SmolLM2-135M calibrated on web text has KL divergence 0.104 instead of 0.141 on WikiText-2, 0.081 "
+    "instead of 0.117 on C4. Give yours with --calibration"
+)
+
 
 def convert(
     source: Annotated[
@@ -76,7 +82,10 @@ def convert(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            "--calibration", help="Text to calibrate on.", show_default="a part of Python's documentation"
+            "--calibration",
+            help="Text to calibrate on, like those that the model will see. The default one is on every machine, "
+            "but left SmolLM2-135M a third to a half more KL divergence than web text.",
+            show_default="a part of Python's documentation",
         ),
     ] = None,
     calibration_chunks: Annotated[
@@ -192,6 +201,8 @@ def convert(
             console.result(planned.to_json, lambda out: show_plan(out, planned))
         else:
             console.result(report.to_json, lambda out: show_conversion(out, report))
+            if calibrated and calibration is None:
+                console.say(_DEFAULT_TEXT_NOTE)
 
 
 def _threshold(text: str) -> float | None:
