@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .system import BINARY
 
-__all__ = ["Fingerprint", "Journal", "TensorRecord", "write_all"]
+__all__ = ["Fingerprint", "Journal", "TensorRecord", "decode_line", "encode_line", "write_all"]
 
 Fingerprint = Mapping[str, str]
 """What the result of a conversion depends on: digests and facts by name."""
@@ -70,7 +70,7 @@ class Journal:
         for line in lines:
             end += len(line)
             try:
-                entry = _decoded(line)
+                entry = decode_line(line)
                 if self.fingerprint is None:
                     self.fingerprint = {str(key): str(value) for key, value in entry["fingerprint"].items()}
                 else:
@@ -114,8 +114,7 @@ class Journal:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
     def _append(self, entry: Mapping[str, object]) -> None:
-        text = json.dumps(entry).encode()
-        write_all(self._file, _check(text) + b" " + text + b"\n")
+        write_all(self._file, encode_line(entry))
         os.fsync(self._file)
 
 
@@ -129,8 +128,14 @@ def write_all(file: int, data: bytes | memoryview) -> None:
         rest = rest[written:]
 
 
-def _decoded(line: bytes) -> dict:
-    """The entry of a line. Raises ValueError."""
+def encode_line(entry: Mapping[str, object]) -> bytes:
+    """A line with its check sum."""
+    text = json.dumps(entry).encode()
+    return _check(text) + b" " + text + b"\n"
+
+
+def decode_line(line: bytes) -> dict:
+    """The entry of a line. Raises ValueError if it is damaged."""
     check, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or check != _check(text[:-1]):
         raise ValueError("a damaged line")

@@ -1,15 +1,16 @@
 """The blocks of finished tensors in a file: a conversion that was interrupted goes on from there.
 
-A record per tensor: a line of JSON with its name, number of rows and bytes, and sha256; then the blocks. A
-record that is not whole, the last one of an interrupted run, is dropped.
+The first line names what they depend on. Then a line per tensor, as in the other journal of a conversion
+(journal.py) but that it tells its own offset, each with the blocks after it. What is not whole, the last one of
+an interrupted run, is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.errors import OutputError
 from spikequant_gguf.format import BLOCK_SPK4
+
+from .journal import TensorRecord, decode_line, encode_line
 
 __all__ = ["LayerJournal"]
 
@@ -37,8 +40,8 @@ class LayerJournal:
 
     def __init__(self, path: Path | None, inputs: Mapping[str, object]) -> None:
         self._path = path
-        self._found: dict[str, tuple[int, int, int]] = {}
-        head = json.dumps(dict(inputs), sort_keys=True, default=str).encode() + b"\n"
+        self._found: dict[str, TensorRecord] = {}
+        head = encode_line({"fingerprint": dict(inputs)})
         try:
             self._file: IO[bytes] = TemporaryFile() if path is None else path.open("a+b")
         except OSError as error:
@@ -59,27 +62,24 @@ class LayerJournal:
     def add(self, name: str, blocks: NDArray[np.void]) -> None:
         """Appends BLOCK_SPK4[rows, n_blocks]."""
         data = np.ascontiguousarray(blocks).tobytes()
-        record = {
-            "name": name,
-            "rows": len(blocks),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        digest = hashlib.sha256(data).hexdigest()
         try:
             self._file.seek(0, 2)
-            self._file.write(json.dumps(record).encode() + b"\n")
-            start = self._file.tell()
+            record = TensorRecord(name, self._file.tell(), len(data), digest, {"rows": len(blocks)})
+            self._file.write(encode_line(asdict(record)))
             self._file.write(data)
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self._path}: {error.strerror or error}", "make room on the disk") from error
-        self._found[name] = (start, len(blocks), len(data))
+        self._found[name] = record
 
     def read(self, name: str) -> NDArray[np.void]:
         """BLOCK_SPK4[rows, n_blocks] of a tensor that is in here."""
-        start, rows, size = self._found[name]
-        self._file.seek(start)
-        return np.frombuffer(self._file.read(size), BLOCK_SPK4).reshape(rows, -1)
+        record = self._found[name]
+        self._file.seek(record.offset)
+        self._file.readline()
+        data = self._file.read(record.n_bytes)
+        return np.frombuffer(data, BLOCK_SPK4).reshape(int(record.details["rows"]), -1)
 
     def delete(self) -> None:
         """Removes the file."""
@@ -100,13 +100,11 @@ class LayerJournal:
         while True:
             end = self._file.tell()
             try:
-                record = json.loads(self._file.readline())
-                start = self._file.tell()
-                data = self._file.read(record["bytes"])
-                whole = hashlib.sha256(data).hexdigest() == record["sha256"]
-            except (ValueError, KeyError, TypeError):
+                record = TensorRecord(**decode_line(self._file.readline()))
+                whole = hashlib.sha256(self._file.read(record.n_bytes)).hexdigest() == record.sha256
+            except (ValueError, TypeError):
                 whole = False
-            if not whole:
+            if not whole or record.offset != end:
                 self._file.truncate(end)
                 return
-            self._found[record["name"]] = (start, record["rows"], record["bytes"])
+            self._found[record.name] = record

@@ -16,6 +16,7 @@ import time
 from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,6 +32,8 @@ __all__ = [
     "mul_mat",
     "mul_mat_id",
     "operation_number",
+    "tensor_at",
+    "tensor_rows",
     "tensor_values",
 ]
 
@@ -396,6 +399,20 @@ def tensor_values(tensor: TensorStruct) -> NDArray[np.float32] | NDArray[np.int3
     n_bytes = 4 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = (c_char * n_bytes).from_address(tensor.data)
     return np.ndarray(shape, dtypes[tensor.type], memory, strides=strides)
+
+
+def tensor_at(address: Any) -> TensorStruct:
+    """The tensor at an address: of a node as ggml gives it to a callback, or in a tensor's `src`."""
+    return TensorStruct.from_address(getattr(address, "value", address))
+
+
+def tensor_rows(tensor: TensorStruct) -> NDArray[np.float32] | NDArray[np.int32]:
+    """A tensor's values as [rows, columns], all dimensions but ggml's first in one: a view if it is contiguous.
+
+    Raises UnsupportedError as tensor_values.
+    """
+    values = tensor_values(tensor)
+    return values.reshape(-1, values.shape[-1])
 
 
 def buffer_types(library: NativeLibrary | None = None) -> list[str]:

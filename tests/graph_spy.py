@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spikequant_gguf.evaluation import Model
 from spikequant_gguf.format import TYPE_SPK4
-from spikequant_gguf.ggml_api import TensorStruct, tensor_values
+from spikequant_gguf.ggml_api import TensorStruct, tensor_at, tensor_rows, tensor_values
+from spikequant_gguf.watched import WatchedModel
 
 __all__ = ["Product", "SpyModel"]
 
@@ -35,36 +35,23 @@ class Product:
     experts: NDArray[np.int32] | None
 
 
-class SpyModel(Model):
-    """A Model that keeps every spike product in `products`."""
+class SpyModel(WatchedModel):
+    """A model that keeps every spike product in `products`."""
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.products: list[Product] = []
         super().__init__(path, **options)
 
-    def _context_params(self) -> Any:
-        params = super()._context_params()
-        kind = dict(type(params)._fields_)["cb_eval"]
-        self._callback = kind(self._look)  # must live as long as the context
-        params.cb_eval = self._callback
-        return params
-
-    def _look(self, address: Any, ask: bool, _: Any) -> bool:
-        tensor = _tensor(address)
-        if not tensor.src[_WEIGHTS] or _tensor(tensor.src[_WEIGHTS]).type != TYPE_SPK4:
+    def _on_node(self, tensor: TensorStruct, ask: bool) -> bool:
+        if not tensor.src[_WEIGHTS] or tensor_at(tensor.src[_WEIGHTS]).type != TYPE_SPK4:
             return not ask
         if not ask:
-            x, y = tensor_values(_tensor(tensor.src[_INPUT])).copy(), tensor_values(tensor).copy()
+            input_and_output = (tensor_at(tensor.src[_INPUT]), tensor)
             experts = None
             if tensor.src[_EXPERTS]:
-                experts = tensor_values(_tensor(tensor.src[_EXPERTS]))[0, 0].copy()
-                x, y = x[0], y[0]
+                experts = tensor_values(tensor_at(tensor.src[_EXPERTS]))[0, 0].copy()
+                x, y = (tensor_values(each)[0].copy() for each in input_and_output)
             else:
-                x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-            name = _tensor(tensor.src[_WEIGHTS]).name.decode()
-            self.products.append(Product(name, x, y, experts))
+                x, y = (tensor_rows(each).copy() for each in input_and_output)
+            self.products.append(Product(tensor_at(tensor.src[_WEIGHTS]).name.decode(), x, y, experts))
         return True
-
-
-def _tensor(address: Any) -> TensorStruct:
-    return TensorStruct.from_address(getattr(address, "value", address))
