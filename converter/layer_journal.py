@@ -1,8 +1,8 @@
 """The blocks of finished tensors in a file: a conversion that was interrupted goes on from there.
 
 The first line names what they depend on. Then a line per tensor, as in the other journal of a conversion
-(journal.py) but that it tells its own offset, each with the blocks after it. What is not whole, the last one of
-an interrupted run, is dropped.
+(journal.py), except that it tells its own offset, and after each the blocks. What is not whole, the last one
+of an interrupted run, is dropped.
 """
 
 from __future__ import annotations

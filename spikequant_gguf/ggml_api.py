@@ -407,7 +407,7 @@ def tensor_at(address: Any) -> TensorStruct:
 
 
 def tensor_rows(tensor: TensorStruct) -> NDArray[np.float32] | NDArray[np.int32]:
-    """A tensor's values as [rows, columns], all dimensions but ggml's first in one: a view if it is contiguous.
+    """A tensor's values as [rows, columns], all dimensions but ggml's first in one; a view if contiguous.
 
     Raises UnsupportedError as tensor_values.
     """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,13 +16,10 @@ __all__ = [
     "Chunks",
     "CtxSize",
     "Force",
-    "JsonOutput",
     "Model",
     "Models",
-    "Quiet",
     "TextFile",
     "Threads",
-    "Verbose",
     "command",
     "examples",
 ]
@@ -61,9 +59,25 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
 
 
-@contextmanager
-def command(json_output: bool, quiet: bool, verbose: bool) -> Iterator[Console]:
-    """The console of a command; ends the program with the right exit code if the block fails."""
-    console = Console(json_output=json_output, quiet=quiet, verbose=verbose)
-    with console.exit_codes(typer.Exit, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
-        yield console
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """What typer shall call for `function`: with --json, --quiet and --verbose in place of its `console`.
+
+    `function` gets the Console that these options ask for. If it fails, the program ends with the right exit
+    code.
+    """
+
+    @functools.wraps(function)
+    def run(*, json_output: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        console = Console(json_output=json_output, quiet=quiet, verbose=verbose)
+        with console.exit_codes(typer.Exit, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
+            function(console=console, **arguments)
+
+    own = inspect.signature(function, eval_str=True)
+    parameters = {name: each for name, each in own.parameters.items() if name != "console"}
+    for name, option in (("json_output", JsonOutput), ("quiet", Quiet), ("verbose", Verbose)):
+        parameters[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option
+        )
+    run.__signature__ = own.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: each.annotation for name, each in parameters.items()}
+    return run

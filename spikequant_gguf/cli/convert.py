@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..console import Console
 from ..errors import InputError
-from .common import Force, JsonOutput, Quiet, Threads, Verbose, command
+from .common import Force, Threads, command
 
 if TYPE_CHECKING:
     from ..converter import Calibrate, Recipe
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 _DEFAULT_TEXT_NOTE = (
-    "note: calibrated on Python's documentation, for want of a text. With one like those that the model will see it "
-    "loses less: SmolLM2-135M calibrated on web text has KL divergence 0.104 instead of 0.141 on WikiText-2, 0.081 "
-    "instead of 0.117 on C4. Give yours with --calibration"
+    "note: calibrated on Python's documentation, for want of a text. With one like those that the model will "
+    "see it loses less: SmolLM2-135M calibrated on web text has KL divergence 0.104 instead of 0.141 on "
+    "WikiText-2, 0.081 instead of 0.117 on C4. Give yours with --calibration"
 )
 
 
+@command
 def convert(
+    console: Console,
     source: Annotated[
         str,
         typer.Argument(
@@ -83,8 +86,8 @@ def convert(
         Path | None,
         typer.Option(
             "--calibration",
-            help="Text to calibrate on, like those that the model will see. The default one is on every machine, "
-            "but left SmolLM2-135M a third to a half more KL divergence than web text.",
+            help="Text to calibrate on, like those that the model will see. The default one is on every "
+            "machine, but left SmolLM2-135M a third to a half more KL divergence than web text.",
             show_default="a part of Python's documentation",
         ),
     ] = None,
@@ -143,66 +146,62 @@ def convert(
             "--resume/--no-resume", help="Go on with what a stopped conversion wrote, or start over."
         ),
     ] = True,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Make a spike GGUF of a model: its linear layers become SPK4.
 
     The same source and options give the same bytes on every machine.
     """
-    with command(json_output, quiet, verbose) as console:
-        from ..converter import ConvertOptions, plan
-        from ..converter import convert as run
-        from ..converter.calibrated import CalibrationOptions, journal_path
-        from ..converter.presets import PRESETS
-        from ..format import DEFAULT_SALIENCE, DEFAULT_SILENCE
-        from ..host import default_threads
-        from ..texts import read_text
-        from ..variants import ConverterProgress
-        from .tables import show_conversion, show_plan
+    from ..converter import ConvertOptions, plan
+    from ..converter import convert as run
+    from ..converter.calibrated import CalibrationOptions, journal_path
+    from ..converter.presets import PRESETS
+    from ..format import DEFAULT_SALIENCE, DEFAULT_SILENCE
+    from ..host import default_threads
+    from ..texts import read_text
+    from ..variants import ConverterProgress
+    from .tables import show_conversion, show_plan
 
-        rules = [*(_read_rules(tensor_type_file) if tensor_type_file else []), *(tensor_type or [])]
-        threshold = _threshold(salience)
-        settings = CalibrationOptions(
-            text=None if calibration is None else read_text(calibration),
-            preset=preset,
-            salience=threshold,
-            salient_share=salient_share,
-            silence=silence,
-            chunks=calibration_chunks,
-            smoothing=smoothing,
-            threads=threads or default_threads(),
-            journal=journal_path(source, out),
-            announce=lambda estimate: console.say(estimate.sentence(threads or default_threads())),
-        )
-        default_silence = PRESETS[preset].silence if calibrated else DEFAULT_SILENCE
-        options = ConvertOptions(
-            salience=DEFAULT_SALIENCE if threshold is None else threshold,
-            silence=default_silence if silence is None else silence,
-            importance=imatrix,
-            tensor_types=tuple(rules),
-            pure=pure,
-            threads=threads,
-            force=force,
-            resume=resume,
-            metadata=metadata,
-            model_name=model_name,
-            override_kv=tuple(override_kv or ()),
-            split_max_size=split_max_size,
-        )
-        with console.progress() as progress:
-            if dry_run:
-                planned = plan(source, options, ConverterProgress(progress))
-            else:
-                calibrate = _calibration(settings) if calibrated else _no_calibration
-                report = run(source, out, options, ConverterProgress(progress), calibrate=calibrate)
+    rules = [*(_read_rules(tensor_type_file) if tensor_type_file else []), *(tensor_type or [])]
+    threshold = _threshold(salience)
+    settings = CalibrationOptions(
+        text=None if calibration is None else read_text(calibration),
+        preset=preset,
+        salience=threshold,
+        salient_share=salient_share,
+        silence=silence,
+        chunks=calibration_chunks,
+        smoothing=smoothing,
+        threads=threads or default_threads(),
+        journal=journal_path(source, out),
+        announce=lambda estimate: console.say(estimate.sentence(threads or default_threads())),
+    )
+    default_silence = PRESETS[preset].silence if calibrated else DEFAULT_SILENCE
+    options = ConvertOptions(
+        salience=DEFAULT_SALIENCE if threshold is None else threshold,
+        silence=default_silence if silence is None else silence,
+        importance=imatrix,
+        tensor_types=tuple(rules),
+        pure=pure,
+        threads=threads,
+        force=force,
+        resume=resume,
+        metadata=metadata,
+        model_name=model_name,
+        override_kv=tuple(override_kv or ()),
+        split_max_size=split_max_size,
+    )
+    with console.progress() as progress:
         if dry_run:
-            console.result(planned.to_json, lambda out: show_plan(out, planned))
+            planned = plan(source, options, ConverterProgress(progress))
         else:
-            console.result(report.to_json, lambda out: show_conversion(out, report))
-            if calibrated and calibration is None:
-                console.say(_DEFAULT_TEXT_NOTE)
+            calibrate = _calibration(settings) if calibrated else _no_calibration
+            report = run(source, out, options, ConverterProgress(progress), calibrate=calibrate)
+    if dry_run:
+        console.result(planned.to_json, lambda out: show_plan(out, planned))
+    else:
+        console.result(report.to_json, lambda out: show_conversion(out, report))
+        if calibrated and calibration is None:
+            console.say(_DEFAULT_TEXT_NOTE)
 
 
 def _threshold(text: str) -> float | None:

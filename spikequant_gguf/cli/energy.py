@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOutput, Models, Quiet, TextFile, Threads, Verbose, command, examples
+from ..console import Console
+from .common import Models, TextFile, Threads, command, examples
 
 __all__ = ["add_commands"]
 
@@ -23,7 +24,9 @@ def add_commands(app: typer.Typer) -> None:
     )(energy)
 
 
+@command
 def energy(
+    console: Console,
     models: Models,
     file: TextFile = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens of the text.")] = 256,
@@ -66,32 +69,28 @@ def energy(
         Path, typer.Option("--powercap", help="Folder of the RAPL counters, for instance in a container.")
     ] = Path("/sys/class/powercap"),
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Count the spikes of a real text, model the energy of the linear layers, measure that of the models.
 
     The first MODEL is a spike model, which is counted; all are measured, one of each type.
     """
-    with command(json_output, quiet, verbose) as console:
-        from ..energy import PHASES, MeasureOptions
-        from ..energy import energy as evaluate
-        from .energy_tables import show_energy
+    from ..energy import PHASES, MeasureOptions
+    from ..energy import energy as evaluate
+    from .energy_tables import show_energy
 
-        with console.progress() as progress:
-            result = evaluate(
-                models,
-                file,
-                tokens=tokens,
-                phases=PHASES if decode is None else (PHASES[decode],),
-                shape=shape,
-                constants=constants,
-                dram_bit=dram_bit,
-                measuring=measuring,
-                options=MeasureOptions(repeats, seconds, idle_seconds),
-                powercap=powercap,
-                threads=threads,
-                progress=progress,
-            )
-        console.result(result.to_json, lambda out: show_energy(out, result))
+    with console.progress() as progress:
+        result = evaluate(
+            models,
+            file,
+            tokens=tokens,
+            phases=PHASES if decode is None else (PHASES[decode],),
+            shape=shape,
+            constants=constants,
+            dram_bit=dram_bit,
+            measuring=measuring,
+            options=MeasureOptions(repeats, seconds, idle_seconds),
+            powercap=powercap,
+            threads=threads,
+            progress=progress,
+        )
+    console.result(result.to_json, lambda out: show_energy(out, result))

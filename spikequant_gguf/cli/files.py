@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .common import Force, JsonOutput, Model, Quiet, Threads, Verbose, command, examples
+from .common import Force, Model, Threads, command, examples
 from .convert import convert
 
 __all__ = ["add_commands"]
@@ -42,7 +42,9 @@ def add_commands(app: typer.Typer) -> None:
     )(dequantize)
 
 
+@command
 def inspect(
+    console: Console,
     model: Model,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List the tensors.")] = True,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="List the metadata.")] = True,
@@ -64,22 +66,18 @@ def inspect(
     ] = None,
     force: Force = False,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show the tensors of a GGUF file (shapes, types, statistics) and its metadata, or one neuron at work."""
-    with command(json_output, quiet, verbose) as console:
-        if neuron is not None:
-            _inspect_neuron(console, model, neuron, prompt, position, out, force, threads)
-            return
-        if prompt is not None or position is not None or out is not None:
-            raise typer.BadParameter("--prompt, --position and --outfile belong to --neuron")
-        from ..inspect_file import inspect_file
-        from .tables import show_inspect
+    if neuron is not None:
+        _inspect_neuron(console, model, neuron, prompt, position, out, force, threads)
+        return
+    if prompt is not None or position is not None or out is not None:
+        raise typer.BadParameter("--prompt, --position and --outfile belong to --neuron")
+    from ..inspect_file import inspect_file
+    from .tables import show_inspect
 
-        report = inspect_file(model)
-        console.result(report.to_json, lambda out: show_inspect(out, report, tensors, metadata))
+    report = inspect_file(model)
+    console.result(report.to_json, lambda out: show_inspect(out, report, tensors, metadata))
 
 
 def _inspect_neuron(
@@ -107,20 +105,23 @@ def _inspect_neuron(
         console.say(f"written: {out}")
 
 
+@command
 def verify(
-    model: Model, json_output: JsonOutput = False, quiet: Quiet = False, verbose: Verbose = False
+    console: Console,
+    model: Model,
 ) -> None:
     """Check a whole GGUF file: bounds of all tensors, and every block of spike data."""
-    with command(json_output, quiet, verbose) as console:
-        from ..verify import verify_file
-        from .tables import show_verify
+    from ..verify import verify_file
+    from .tables import show_verify
 
-        report = verify_file(model)
-        console.result(lambda: {"ok": report.ok} | asdict(report), lambda out: show_verify(out, report))
-        report.raise_if_faulty()
+    report = verify_file(model)
+    console.result(lambda: {"ok": report.ok} | asdict(report), lambda out: show_verify(out, report))
+    report.raise_if_faulty()
 
 
+@command
 def dequantize(
+    console: Console,
     model: Model,
     out: Annotated[
         Path | None,
@@ -130,19 +131,15 @@ def dequantize(
     ] = None,
     outtype: Annotated[str, typer.Option("--outtype", help="f16, bf16 or q8_0.")] = "f16",
     force: Force = False,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Turn a spike model back into a GGUF that every llama.cpp reads."""
-    with command(json_output, quiet, verbose) as console:
-        from ..dequantize import dequantize as run
-        from .tables import show_dequantize
+    from ..dequantize import dequantize as run
+    from .tables import show_dequantize
 
-        target = out
-        if target is None:
-            stem = re.sub(r"[-.]SPK4$", "", model.stem, flags=re.IGNORECASE)
-            target = model.with_name(f"{stem}-{outtype.upper()}.gguf")
-        with console.progress() as progress:
-            report = run(model, target, outtype, force=force, progress=progress)
-        console.result(report.to_json, lambda out: show_dequantize(out, report))
+    target = out
+    if target is None:
+        stem = re.sub(r"[-.]SPK4$", "", model.stem, flags=re.IGNORECASE)
+        target = model.with_name(f"{stem}-{outtype.upper()}.gguf")
+    with console.progress() as progress:
+        report = run(model, target, outtype, force=force, progress=progress)
+    console.result(report.to_json, lambda out: show_dequantize(out, report))

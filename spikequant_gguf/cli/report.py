@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Force, JsonOutput, Quiet, TextFile, Threads, Verbose, command, examples
+from ..console import Console
+from .common import Force, TextFile, Threads, command, examples
 
 __all__ = ["add_commands"]
 
@@ -23,7 +24,9 @@ def add_commands(app: typer.Typer) -> None:
     )(report)
 
 
+@command
 def report(
+    console: Console,
     files: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -55,34 +58,30 @@ def report(
     ] = None,
     force: Force = False,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Make one page of figures and tables, complete in itself, from the JSON of the other commands."""
-    with command(json_output, quiet, verbose) as console:
-        from ..neuron import DEFAULT_TEXT
-        from ..report import make_report
-        from .tables import line
+    from ..neuron import DEFAULT_TEXT
+    from ..report import make_report
+    from .tables import line
 
-        with console.progress() as progress:
-            made = make_report(
-                files or [],
-                out,
-                model=model,
-                layer=layer,
-                neuron=neuron,
-                text=file,
-                prompt=DEFAULT_TEXT if prompt is None else prompt,
-                png_folder=png,
-                force=force,
-                threads=threads,
-                progress=progress,
-            )
+    with console.progress() as progress:
+        made = make_report(
+            files or [],
+            out,
+            model=model,
+            layer=layer,
+            neuron=neuron,
+            text=file,
+            prompt=DEFAULT_TEXT if prompt is None else prompt,
+            png_folder=png,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
 
-        def show(screen: object) -> None:
-            line(screen, f"{made.path}: {len(made.pictures)} figures, {made.bytes / 1e6:.1f} MB")  # type: ignore[arg-type]
+    def show(screen: object) -> None:
+        line(screen, f"{made.path}: {len(made.pictures)} figures, {made.bytes / 1e6:.1f} MB")  # type: ignore[arg-type]
 
-        console.result(made.to_json, show)
-        for what in made.missing:
-            console.say(f"note: not in it: {what}; the page says how to make it")
+    console.result(made.to_json, show)
+    for what in made.missing:
+        console.say(f"note: not in it: {what}; the page says how to make it")

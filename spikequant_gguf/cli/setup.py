@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..console import Console
 from ..ggml_patch.upstream import load_releases, load_upstream
-from .common import JsonOutput, Quiet, Verbose, command, examples
+from .common import command, examples
 
 __all__ = ["add_commands"]
 
@@ -26,7 +27,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog=examples("spikequant doctor", "spikequant doctor --json > report.json"))(doctor)
 
 
+@command
 def build(
+    console: Console,
     release: Annotated[
         str | None,
         typer.Option(
@@ -63,40 +66,36 @@ def build(
         int | None, typer.Option("--jobs", "-j", min=1, help="Compile jobs at once.", show_default="CPUs")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again from a fresh tree.")] = False,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Build the patched llama-cpp-python and install it into this environment.
 
     Downloads the pinned source package (77 MB) through pip, checks it, applies the patch and compiles, which
     takes some minutes once; later calls find the result in the cache.
     """
-    with command(json_output, quiet, verbose) as console:
-        from ..ggml_patch.build import build as run
-        from .tables import show_build
+    from ..ggml_patch.build import build as run
+    from .tables import show_build
 
-        with console.progress() as progress:
-            report = run(
-                release=release,
-                portable=portable,
-                unpatched=unpatched,
-                wheel=wheel,
-                sdist=sdist,
-                jobs=jobs,
-                force=force,
-                progress=progress,
-            )
-        console.result(report.to_json, lambda out: show_build(out, report))
+    with console.progress() as progress:
+        report = run(
+            release=release,
+            portable=portable,
+            unpatched=unpatched,
+            wheel=wheel,
+            sdist=sdist,
+            jobs=jobs,
+            force=force,
+            progress=progress,
+        )
+    console.result(report.to_json, lambda out: show_build(out, report))
 
 
-def doctor(json_output: JsonOutput = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+@command
+def doctor(console: Console) -> None:
     """Show what is installed, whether it fits together, and what to do if not. Exit status 1 if not."""
-    with command(json_output, quiet, verbose) as console:
-        from ..doctor import doctor as run
-        from .tables import show_doctor
+    from ..doctor import doctor as run
+    from .tables import show_doctor
 
-        report = run()
-        console.result(report.to_json, lambda out: show_doctor(out, report))
-        if not report.ok:
-            raise typer.Exit(1)
+    report = run()
+    console.result(report.to_json, lambda out: show_doctor(out, report))
+    if not report.ok:
+        raise typer.Exit(1)

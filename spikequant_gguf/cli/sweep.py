@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console as Screen
 from rich.table import Table
 
-from .common import CtxSize, JsonOutput, Quiet, TextFile, Threads, Verbose, command, examples
+from ..console import Console
+from .common import CtxSize, TextFile, Threads, command, examples
 
 if TYPE_CHECKING:
     from ..sweep import SweepPoint, SweepResult
@@ -38,7 +39,9 @@ def add_commands(app: typer.Typer) -> None:
     )(sweep)
 
 
+@command
 def sweep(
+    console: Console,
     source: Annotated[
         str,
         typer.Argument(
@@ -88,43 +91,39 @@ def sweep(
     ] = "ttfs",
     ctx_size: CtxSize = 512,
     threads: Threads = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Study bit widths, salience, ablations and published methods in torch, against the float model.
 
     Needs torch, transformers and matplotlib. An interrupted sweep goes on where it was.
     """
-    with command(json_output, quiet, verbose) as console:
-        from ..console import to_json_text
-        from ..files import atomic_path
-        from ..simulate.packages import require_packages
-        from ..sweep import sweep as run
+    from ..console import to_json_text
+    from ..files import atomic_path
+    from ..simulate.packages import require_packages
+    from ..sweep import sweep as run
 
-        require_packages("matplotlib", extra="report")
-        with console.progress() as progress:
-            result = run(
-                source,
-                file,
-                out,
-                calibration=calibration,
-                what="all" if what == "all" else [name.strip() for name in what.split(",") if name.strip()],
-                quick=quick,
-                chunks=chunks,
-                calibration_chunks=calibration_chunks,
-                ctx=ctx_size,
-                coding=coding,
-                threads=threads,
-                progress=progress,
-            )
-        from ..sweep.plots import draw
+    require_packages("matplotlib", extra="report")
+    with console.progress() as progress:
+        result = run(
+            source,
+            file,
+            out,
+            calibration=calibration,
+            what="all" if what == "all" else [name.strip() for name in what.split(",") if name.strip()],
+            quick=quick,
+            chunks=chunks,
+            calibration_chunks=calibration_chunks,
+            ctx=ctx_size,
+            coding=coding,
+            threads=threads,
+            progress=progress,
+        )
+    from ..sweep.plots import draw
 
-        result = replace(result, plots=draw(result, out))
-        with atomic_path(out / _DOCUMENT) as partial:
-            partial.write_text(to_json_text(result.to_json()) + "\n", encoding="utf-8")
-        console.result(result.to_json, lambda screen: _show(screen, result))
-        console.say(f"written: {out / _DOCUMENT} and {len(result.plots)} plots")
+    result = replace(result, plots=draw(result, out))
+    with atomic_path(out / _DOCUMENT) as partial:
+        partial.write_text(to_json_text(result.to_json()) + "\n", encoding="utf-8")
+    console.result(result.to_json, lambda screen: _show(screen, result))
+    console.say(f"written: {out / _DOCUMENT} and {len(result.plots)} plots")
 
 
 def _show(out: Screen, result: SweepResult) -> None:
