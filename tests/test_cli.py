@@ -106,6 +106,23 @@ def test_json_of_commands_about_files(
     assert document("verify", made["path"])["faults"] == []
 
 
+def test_the_loss_of_the_default_calibration_text_is_told(
+    tiny_model_f32: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """In the help, and after a conversion that was given no text."""
+    note = "note: calibrated on Python's documentation"
+    command = ("convert", tiny_model_f32, "-o", tmp_path / "s.gguf", "--force", "-t", 1)
+    assert note in call(*command, "--calibration-chunks", 1).stderr
+    for given in (
+        ("--calibration", tiny_text, "--calibration-chunks", 1),
+        ("--no-calibration",),
+        ("--dry-run",),
+    ):
+        assert note not in call(*command, *given).stderr
+    told = " ".join(call("convert", "--help").stdout.replace("│", " ").split())
+    assert "KL divergence than web text" in told
+
+
 def test_json_of_commands_that_compute(tiny_models: dict[str, Path], tiny_text: Path) -> None:
     spk4, f16, q4 = (tiny_models[kind] for kind in ("spk4", "f16", "q4_0"))
     alone = document("perplexity", spk4, "-f", tiny_text, *QUICK)
