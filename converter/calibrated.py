@@ -23,11 +23,11 @@ from spikequant_gguf.evaluation import Model
 from spikequant_gguf.files import file_sha256
 from spikequant_gguf.format import BLOCK_SPK4, QK_SPK, TYPE_SPK4, blocks_to_bytes
 from spikequant_gguf.ggml_api import MatMul
-from spikequant_gguf.host import available_memory
 from spikequant_gguf.native import NativeLibrary, bind, load
 from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, default_calibration_text
 
+from .estimate import Estimate, default_chunks, estimate
 from .experts import calibrate_experts, expert_tensors
 from .inputs import moments, survey
 from .layer_journal import LayerJournal
@@ -41,13 +41,12 @@ from .smoothing import fold, scaling_factors
 from .source import Source
 from .structure import Site, find_sites
 
-__all__ = ["CalibrationOptions", "Estimate", "calibration", "journal_path"]
+__all__ = ["CalibrationOptions", "calibration", "journal_path"]
 
 DEFAULT_PRESET = "balanced"
 _TEXT_TOKENS = 64  # of the context that only splits the text into tokens
 _PRODUCT_TOKENS = 512  # that a quantized layer computes at once
 _DESCENT_SWEEPS, _ROUNDS = 4, 2
-_PRODUCTS_PER_SECOND = 25e9  # of one core, measured on an AMD EPYC (Zen 4)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class CalibrationOptions:
         salient_share: of activations on average, where thresholds are chosen; None for the preset's.
         silence: silence threshold of all layers in steps; None for the preset's.
         ctx: tokens of a stretch of text.
-        chunks: stretches, at most as many as the text has.
+        chunks: stretches, at most as many as the text has; None for what default_chunks() says.
         threads: None for one per core. They change the time, not the result.
         damping: added to the diagonal of the moments, as a share of its mean.
         correction: share of the predictable deviation of a layer's inputs that its weights make up for.
@@ -76,7 +75,7 @@ class CalibrationOptions:
     salient_share: float | None = None
     silence: float | None = None
     ctx: int = 512
-    chunks: int = 64
+    chunks: int | None = None
     threads: int | None = None
     damping: float = 0.2
     correction: float = 0.25
@@ -85,7 +84,7 @@ class CalibrationOptions:
     announce: Callable[[Estimate], None] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunks <= MAX_STRETCHES or self.ctx < QK_SPK:
+        if not 1 <= (self.chunks or 1) <= MAX_STRETCHES or self.ctx < QK_SPK:
             raise InputError(
                 f"{self.chunks} chunks of {self.ctx} tokens are no calibration",
                 f"use 1 to {MAX_STRETCHES} chunks of {QK_SPK} tokens or more",
@@ -99,35 +98,6 @@ class CalibrationOptions:
     def chosen(self) -> Preset:
         """The preset."""
         return PRESETS[self.preset]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a calibration will take.
-
-    Attributes:
-        tokens: that both models compute.
-        products: multiplications of all the work.
-        memory: bytes beside the source file itself.
-        available: bytes that are free, or None if unknown.
-        finished: tensors that a journal already has.
-    """
-
-    tokens: int
-    products: float
-    memory: int
-    available: int | None
-    finished: int
-
-    def sentence(self, threads: int) -> str:
-        """For people."""
-        minutes = self.products / (_PRODUCTS_PER_SECOND * threads) / 60
-        text = f"calibration on {self.tokens} tokens: {self.memory / 1e9:.1f} GB, about {minutes:.1f} minutes"
-        if self.finished:
-            text += f"; {self.finished} tensors are finished already"
-        if self.available is not None and self.memory > self.available:
-            text += f"; only {self.available / 1e9:.1f} GB are free: use fewer chunks if it fails"
-        return text
 
 
 class _NativeOptions(ctypes.Structure):
@@ -232,13 +202,13 @@ class _LayerQuantizer:
                 self._journal.add(name, self._quantize(name, own, cross))
         self._report(site.readers[0])
 
-    def product(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def product(self, name: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         """What the runtime computes with the quantized tensor, for unscaled inputs and outputs."""
         blocks = self._journal.read(name)
         factors = self._factors.get(self._sites[name])
+        outputs = self._scaling_of_outputs(name)
         settings = self._encoders[name]
         n_tokens, n_in = x.shape
-        result = np.empty((n_tokens, len(blocks)), np.float32)
         step = min(_PRODUCT_TOKENS, n_tokens)
         with MatMul(
             TYPE_SPK4,
@@ -257,9 +227,8 @@ class _LayerQuantizer:
                 part[: len(rows)] = rows if factors is None else rows * factors
                 matmul.set_input(part)
                 matmul.compute()
-                result[start : start + step] = matmul.output()[: len(rows)]
-        outputs = self._scaling_of_outputs(name)
-        return result if outputs is None else result / outputs
+                result = matmul.output()[: len(rows)]
+                y[start : start + step] = result if outputs is None else result / outputs
 
     def _quantize(
         self, name: str, own: NDArray[np.float32], cross: NDArray[np.float32] | None
@@ -343,8 +312,9 @@ def _calibrate(
     ]
     found = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
     sites = {name: site for site in found for name in site.readers}
+    chunks = options.chunks or default_chunks(source, plain + experts, options.ctx)
     with Model(path, ctx_size=_TEXT_TOKENS, threads=threads) as model:
-        tokens = calibration_stretches(model, text.data, text.name, options.ctx, options.chunks)
+        tokens = calibration_stretches(model, text.data, text.name, options.ctx, chunks)
 
     surveys = survey(path, tokens, sites, threads, progress)
     factors: dict[Site, NDArray[np.float32]] = {}
@@ -357,9 +327,14 @@ def _calibrate(
     encoders = _encoders(surveys, factors, options, library)
     settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
 
-    journal = LayerJournal(options.journal, _fingerprint(path, plain + experts, text, options, library))
+    journal = LayerJournal(
+        options.journal, _fingerprint(path, plain + experts, text, len(tokens), options, library)
+    )
     if options.announce is not None:
-        options.announce(_estimate(source, sites, tokens, options.correction > 0, len(journal)))
+        correction = options.correction > 0
+        options.announce(
+            estimate(source, sites, tokens.size, options.ctx, correction=correction, finished=len(journal))
+        )
     done = 0
 
     def report(item: str) -> None:
@@ -380,7 +355,7 @@ def _calibrate(
         experts,
         source,
         journal,
-        lambda weights, own: quantize_calibrated(library, weights, own, np.zeros_like(own), options, threads),
+        lambda weights, own: quantize_calibrated(library, weights, own, None, options, threads),
         library,
         threads=threads,
         report=lambda name: progress(CALIBRATE, name, experts.index(name) + 1, len(experts)),
@@ -420,10 +395,15 @@ def _settings(encoder: SiteEncoder | None, options: CalibrationOptions) -> Encod
 
 
 def _fingerprint(
-    path: Path, names: list[str], text: Text, options: CalibrationOptions, library: NativeLibrary
+    path: Path,
+    names: list[str],
+    text: Text,
+    n_chunks: int,
+    options: CalibrationOptions,
+    library: NativeLibrary,
 ) -> dict[str, object]:
     """Everything that the quantized layers depend on."""
-    settings = asdict(options)
+    settings = asdict(options) | {"chunks": n_chunks}
     for irrelevant in ("text", "threads", "journal", "announce"):
         del settings[irrelevant]
     return {
@@ -436,32 +416,6 @@ def _fingerprint(
     }
 
 
-def _estimate(
-    source: Source, sites: Mapping[str, Site], tokens: NDArray[np.int32], correction: bool, finished: int
-) -> Estimate:
-    """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays."""
-    n_tokens = tokens.size
-    weights = sum(source.tensors[name].n_rows * source.tensors[name].n_in for name in sites)
-    sizes = {site: source.tensors[site.readers[0]].n_in for site in set(sites.values())}
-    squares = sum(n_in**2 for n_in in sizes.values())
-    cubes = sum(source.tensors[name].n_rows * source.tensors[name].n_in ** 2 for name in sites)
-    widest = max(
-        (max(tensor.n_in, tensor.n_rows) for tensor in map(source.tensors.get, sites) if tensor), default=0
-    )
-    keys = sum(tensor.n_rows for tensor in source.tensors.values() if tensor.name.endswith("attn_k.weight"))
-    if not keys:  # not told apart from queries and values
-        keys = len({name.split(".")[1] for name in sites}) * min(sizes.values(), default=0)
-    # keys and values of both models in half precision, six activations of a layer each, and the moments
-    memory = n_tokens * (2 * 2 * 2 * keys + 2 * 6 * 4 * widest) + 6 * 8 * max(sizes.values(), default=0) ** 2
-    return Estimate(
-        tokens=n_tokens,
-        products=2.0 * n_tokens * weights + (1.5 if correction else 0.5) * n_tokens * squares + 14.0 * cubes,
-        memory=memory,
-        available=available_memory(),
-        finished=finished,
-    )
-
-
 def _command_options(options: CalibrationOptions, text: Text) -> tuple[str, ...]:
     """Options of the command line that lead to the same recipe."""
     default = CalibrationOptions()
@@ -472,7 +426,7 @@ def _command_options(options: CalibrationOptions, text: Text) -> tuple[str, ...]
         words += ["--preset", options.preset]
     if options.salient_share is not None:
         words += ["--salient-share", str(options.salient_share)]
-    if options.chunks != default.chunks:
+    if options.chunks is not None:
         words += ["--calibration-chunks", str(options.chunks)]
     if not options.smoothing:
         words.append("--no-smoothing")

@@ -7,10 +7,8 @@ the layer, and these with moments of inputs that know nothing of each other.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,11 +119,13 @@ def _mixed_moments(
     n_tokens, n_in = seen.shape
     if n_tokens == 0 and prior is not None:
         return prior
-    found, _ = moments(seen, seen, None, library, threads)
+    found, _ = moments(seen, seen, None, library, threads, deviations=False)
     if prior is None:
         prior = np.diag(np.full(n_in, np.diag(found).mean(), np.float32))
     share = np.float32(n_tokens / (n_tokens + _PRIOR_ROWS * n_in))
-    return found * share + prior * (1 - share)
+    found *= share
+    found += prior * (1 - share)
+    return found
 
 
 class RoutedModel(BatchModel):
@@ -151,13 +151,10 @@ class RoutedModel(BatchModel):
             ctx=ctx,
             threads=threads,
             names=dict.fromkeys(names),
-            on_input=lambda name, x: None,
+            on_input=lambda *_: None,
         )
 
-    def _evaluated(self, address: Any, ask: bool, _: Any) -> bool:
-        if self._stopped:
-            return False
-        node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
+    def _wanted_node(self, node: TensorStruct, ask: bool) -> bool:
         if node.op != operation_number("MUL_MAT_ID"):
             return not ask
         sources = [TensorStruct.from_address(node.src[i]) for i in (_WEIGHTS, _INPUT, _EXPERTS)]
@@ -165,10 +162,6 @@ class RoutedModel(BatchModel):
         if name is None:
             return not ask
         if not ask:
-            try:
-                x, experts = tensor_values(sources[_INPUT])[0], tensor_values(sources[_EXPERTS])[0, 0]
-                self._on_routed(name, x, experts)
-            except BaseException as error:  # ctypes would only print it
-                self._error = error
-                self.stop()
+            x, experts = tensor_values(sources[_INPUT])[0], tensor_values(sources[_EXPERTS])[0, 0]
+            self._on_routed(name, x, experts)
         return True

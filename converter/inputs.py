@@ -20,7 +20,8 @@ __all__ = ["SiteSurvey", "moments", "survey", "token_weights"]
 
 _SURVEY_STRETCHES = 8
 _SAMPLE = 64  # tokens of the survey that are kept
-_SLAB = 4096  # tokens treated at once
+_SLAB = 1024  # tokens treated at once, a multiple of 256
+_ROWS = 256  # of a square matrix treated at once
 _PARTS = 16  # of the tokens of a survey
 # Squared norm of a token that counts in full, in medians. The activations of a text's first token can be 500
 # times as large as the others': a layer would be quantized for that token alone.
@@ -76,7 +77,7 @@ def survey(
     found: dict[Site, SiteSurvey] = {}
     n_sites = len(set(sites.values()))
 
-    def on_input(name: str, x: NDArray[np.float32]) -> None:
+    def on_input(name: str, x: NDArray[np.float32], _: NDArray[np.float32]) -> None:
         if sites[name] not in found:
             found[sites[name]] = SiteSurvey(x)
             progress(CALIBRATE, "first look", len(found), 2 * n_sites)
@@ -123,27 +124,42 @@ def moments(
         Weighted mean of seen seenᵀ, and of seen (x - seen)ᵀ, both float32[n_in, n_in]; see token_weights.
     """
     bind(library.cpu, _FUNCTIONS)
-    n_tokens, n_in = seen.shape
-    own, cross = np.zeros((n_in, n_in)), np.zeros((n_in, n_in))
-    scaled = None if factors is None else factors.ctypes.data
     weights = token_weights(x)[:, None]
-    for start in range(0, n_tokens, _SLAB):
-        prepared = []
-        for part in (x[start : start + _SLAB], seen[start : start + _SLAB]):
-            values = np.empty_like(part)
-            library.cpu.spike_prepare_inputs(
-                part.ctypes.data, *part.shape, scaled, values.ctypes.data, threads
-            )
-            values *= weights[start : start + _SLAB]
-            prepared.append(values)
-        source, twin = prepared
-        source -= twin
-        wanted = [(twin, twin, True, own), (twin, source, False, cross)]
-        for left, right, symmetric, target in wanted if deviations else wanted[:1]:
+
+    def prepared(values: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        part = values[start : start + _SLAB]
+        result = np.empty_like(part)
+        scaled = None if factors is None else factors.ctypes.data
+        library.cpu.spike_prepare_inputs(part.ctypes.data, *part.shape, scaled, result.ctypes.data, threads)
+        result *= weights[start : start + _SLAB]
+        return result
+
+    def mean(symmetric: bool) -> NDArray[np.float32]:
+        n_tokens, n_in = seen.shape
+        sums = np.zeros((n_in, n_in))
+        for start in range(0, n_tokens, _SLAB):
+            left = right = prepared(seen, start)
+            if not symmetric:
+                right = prepared(x, start)
+                right -= left
             library.cpu.spike_add_products(
-                left.ctypes.data, right.ctypes.data, *left.shape, symmetric, target.ctypes.data, threads
+                left.ctypes.data, right.ctypes.data, *left.shape, symmetric, sums.ctypes.data, threads
             )
-    lower = np.tril(own)
-    own = lower + np.tril(lower, -1).T
-    own = (own / n_tokens).astype(np.float32)
-    return own, (cross / n_tokens).astype(np.float32) if deviations else None
+        return _mean(sums, n_tokens, symmetric)
+
+    # one after the other: sums in double precision are the largest arrays of all
+    own = mean(True)
+    return own, mean(False) if deviations else None
+
+
+def _mean(sums: NDArray[np.float64], count: int, symmetric: bool) -> NDArray[np.float32]:
+    """sums / count, float32[n, n]. symmetric: what is above the diagonal of `sums` does not count."""
+    result = np.empty(sums.shape, np.float32)
+    for first in range(0, len(sums), _ROWS):
+        end = first + _ROWS
+        result[first:end] = np.divide(sums[first:end], count)
+        if symmetric:
+            result[:first, first:end] = result[first:end, :first].T
+            corner = np.tril(result[first:end, first:end])
+            result[first:end, first:end] = corner + np.tril(corner, -1).T
+    return result

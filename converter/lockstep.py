@@ -8,10 +8,8 @@ on with the outputs of the quantized layer. Works for every architecture that ll
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +21,9 @@ from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_values
 from spikequant_gguf.gguf_header import read_header
+from spikequant_gguf.llama_log import collect_errors
 
+from .graph_memory import GraphMemory, give_back, give_back_caches
 from .structure import Site
 
 __all__ = ["MAX_STRETCHES", "BatchModel", "Lockstep", "calibration_stretches"]
@@ -36,7 +36,7 @@ _ABORTED = 2
 # Layers behind the last attention see only tokens whose logits are asked for. Not all: logits are large.
 _OUTPUT_EVERY = 4
 
-_Input = Callable[[str, NDArray[np.float32]], "NDArray[np.float32] | None"]
+_Input = Callable[[str, NDArray[np.float32], NDArray[np.float32]], None]
 
 
 class BatchModel(Model):
@@ -46,11 +46,10 @@ class BatchModel(Model):
         path: GGUF file that llama.cpp can run.
         stretches, ctx: number of stretches, and tokens of each.
         threads: that compute.
-        on_input: called with the name of each weight matrix that is multiplied and its inputs,
-            float32[n_tokens, n_in], valid until it returns. It returns float32[n_tokens, n_out], the result,
-            if `replaced`, else None.
+        on_input: called with the name of each weight matrix that is multiplied, its inputs,
+            float32[n_tokens, n_in], and its outputs, float32[n_tokens, n_out]; both valid until it returns.
         names: of weight matrices to stop at.
-        replaced: whether on_input gives the results, so that llama.cpp need not compute them.
+        replaced: whether on_input writes the outputs, so that llama.cpp need not compute them.
     """
 
     def __init__(
@@ -67,9 +66,17 @@ class BatchModel(Model):
         self._stretches, self._ctx = stretches, ctx
         self._names = {name.encode(): name for name in names}
         self._on_input, self._replaced = on_input, replaced
-        self._stopped = self._begun = False
+        self._stopped = self._looking = False
         self._error: BaseException | None = None
+        self._nodes: list[TensorStruct] = []  # seen when looking ahead
+        self._memory = GraphMemory()
         super().__init__(path, ctx_size=stretches * ctx, threads=threads)
+        try:
+            self._set_batch(np.zeros((1, 1), np.int32))
+            self._look_ahead(give_back_caches)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, tokens: NDArray[np.int32]) -> None:
         """Computes int32[stretches, ctx], each row a text of its own, to the end or until stop() is called.
@@ -77,28 +84,44 @@ class BatchModel(Model):
         Raises:
             SpikeQuantError: llama.cpp cannot compute it. Whatever on_input raised.
         """
-        total = tokens.size
-        batch = self._batch
-        view = np.ctypeslib.as_array
-        view(batch.token, shape=(total,))[:] = tokens.reshape(-1)
-        view(batch.pos, shape=(total,))[:] = np.tile(np.arange(self._ctx), self._stretches)
-        view(batch.logits, shape=(total,))[:] = np.arange(total) % _OUTPUT_EVERY == _OUTPUT_EVERY - 1
-        for i in range(total):
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = i // self._ctx
-        batch.n_tokens = total
-        status = self.api.llama_decode(self._context, batch)
+        self._set_batch(tokens)
+        self._look_ahead(self._memory.look)
+        self._give_back_logits()
+        status = self.api.llama_decode(self._context, self._batch)
         if self._error is not None:
             raise self._error
         if status != 0 and not (status == _ABORTED and self._stopped):
             raise SpikeQuantError(
-                f"{self.path}: llama.cpp could not compute {total} tokens at once (status {status})",
+                f"{self.path}: llama.cpp could not compute {tokens.size} tokens at once (status {status})",
                 "calibrate on fewer chunks with --calibration-chunks",
             )
 
     def stop(self) -> None:
         """Ends the run after the current layer."""
         self._stopped = True
+
+    def _set_batch(self, tokens: NDArray[np.int32]) -> None:
+        batch, view = self._batch, np.ctypeslib.as_array
+        stretches, ctx = tokens.shape
+        batch.n_tokens = total = tokens.size
+        view(batch.token, shape=(total,))[:] = tokens.reshape(-1)
+        view(batch.pos, shape=(total,))[:] = np.tile(np.arange(ctx), stretches)
+        view(batch.logits, shape=(total,))[:] = np.arange(total) % _OUTPUT_EVERY == _OUTPUT_EVERY - 1
+        for i in range(total):
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i // ctx
+
+    def _look_ahead(self, use: Callable[[list[TensorStruct]], None]) -> None:
+        """Calls `use` with the nodes of the graph for the batch: begins to compute it and goes no further."""
+        self._looking = True
+        with collect_errors():  # that it was broken off
+            self.api.llama_decode(self._context, self._batch)
+        self._looking = False
+        use(self._nodes)
+        self._nodes.clear()
+        memory = self.api.llama_get_memory(self._context)
+        if memory:
+            self.api.llama_memory_clear(memory, False)
 
     def _context_params(self) -> Any:
         params = super()._context_params()
@@ -113,7 +136,7 @@ class BatchModel(Model):
         fields = dict(type(params)._fields_)
         # kept as attributes: llama.cpp calls them as long as the context lives
         self._evaluated_callback = fields["cb_eval"](self._evaluated)
-        self._abort_callback = fields["abort_callback"](lambda _: self._stopped)
+        self._abort_callback = fields["abort_callback"](lambda _: self._stopped or self._looking)
         params.cb_eval, params.abort_callback = self._evaluated_callback, self._abort_callback
         return params
 
@@ -124,30 +147,34 @@ class BatchModel(Model):
         """ggml_backend_sched_eval_callback: asked before a node is computed, and told afterwards."""
         if self._stopped:
             return False
-        if not self._begun:
-            self._begun = True
-            self._give_back_logits()
-        node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
+        try:
+            node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
+            if self._looking:
+                if ask:
+                    self._nodes.append(node)
+                return not ask
+            if ask:
+                self._memory.used(node)
+            else:
+                self._memory.give_back_dead(node)
+            return self._wanted_node(node, ask)
+        except BaseException as error:  # ctypes would only print it
+            self._error = error
+            self.stop()
+        return True
+
+    def _wanted_node(self, node: TensorStruct, ask: bool) -> bool:
+        """Whether to stop after a node (ask), and what to do there."""
         if node.op != operation_number("MUL_MAT"):
             return not ask
         name = self._names.get(TensorStruct.from_address(node.src[0]).name)
         if name is None:
             return not ask
-        if ask:
-            if self._replaced:
-                node.flags &= ~_FLAG_COMPUTE
-            return True
-        try:
-            if self._replaced:
-                node.flags |= _FLAG_COMPUTE
-            x = tensor_values(TensorStruct.from_address(node.src[1]))
-            result = self._on_input(name, np.ascontiguousarray(x).reshape(-1, x.shape[-1]))
-            if self._replaced:
-                assert result is not None and result.flags.c_contiguous
-                ctypes.memmove(node.data, result.ctypes.data, result.nbytes)
-        except BaseException as error:  # ctypes would only print it
-            self._error = error
-            self.stop()
+        if self._replaced:
+            node.flags = node.flags & ~_FLAG_COMPUTE if ask else node.flags | _FLAG_COMPUTE
+        if not ask:
+            x, y = (tensor_values(each) for each in (TensorStruct.from_address(node.src[1]), node))
+            self._on_input(name, np.ascontiguousarray(x).reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
         return True
 
     def _give_back_logits(self) -> None:
@@ -156,17 +183,9 @@ class BatchModel(Model):
         They would take more than all the rest. Written to after all, they are there again.
         """
         address = ctypes.cast(self.api.llama_get_logits(self._context), ctypes.c_void_p).value
-        if not address:
-            return
-        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        n_outputs = self._stretches * self._ctx // _OUTPUT_EVERY  # or more
-        size = address + 4 * n_outputs * self.n_vocab - first
-        with suppress(OSError, AttributeError):  # no POSIX: then they stay
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(first),
-                ctypes.c_size_t(size // mmap.PAGESIZE * mmap.PAGESIZE),
-                ctypes.c_int(mmap.MADV_DONTNEED),
-            )
+        if address:
+            n_outputs = self._stretches * self._ctx // _OUTPUT_EVERY  # or more
+            give_back(address, 4 * n_outputs * self.n_vocab)
 
 
 class Lockstep:
@@ -208,7 +227,7 @@ class Lockstep:
         self,
         tokens: NDArray[np.int32],
         on_site: Callable[[Site, NDArray[np.float32], NDArray[np.float32]], None],
-        product: Callable[[str, NDArray[np.float32]], NDArray[np.float32]],
+        product: Callable[[str, NDArray[np.float32], NDArray[np.float32]], None],
     ) -> None:
         """Goes through all layers.
 
@@ -216,8 +235,8 @@ class Lockstep:
             tokens: int32[stretches, ctx].
             on_site: called once for each site, with the inputs of the source model and of the twin,
                 float32[n_tokens, n_in].
-            product: called for each weight matrix after its site, with the twin's inputs; returns
-                float32[n_tokens, n_out], with which the twin goes on.
+            product: called for each weight matrix after its site, with the twin's inputs and an array for
+                the outputs with which the twin shall go on, float32[n_tokens, n_out].
 
         Raises:
             SpikeQuantError: as BatchModel.run. Whatever the functions raise.
@@ -257,7 +276,7 @@ class Lockstep:
         self._inputs = None
         self._ready.release()
 
-    def _of_source(self, name: str, x: NDArray[np.float32]) -> None:
+    def _of_source(self, name: str, x: NDArray[np.float32], _: NDArray[np.float32]) -> None:
         site = self._sites[name]
         if site not in self._met_by_source:
             self._met_by_source.add(site)
@@ -265,25 +284,23 @@ class Lockstep:
             self._ready.release()
             self._go.acquire()
 
-    def _of_twin(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _of_twin(self, name: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         site = self._sites[name]
-        if site in self._met_by_twin:
-            return self._product(name, x)
-        self._met_by_twin.add(site)
-        if self._inputs is None or self._inputs[0] != name or self._inputs[1].shape != x.shape:
-            raise self._failure or SpikeQuantError(
-                f"tensor '{name}': two runs of the model do not use it alike",
-                "report this, or convert with --no-calibration",
-            )
-        self._on_site(site, self._inputs[1], x)
-        self._left -= 1
-        if self._left:
+        if site not in self._met_by_twin:
+            self._met_by_twin.add(site)
+            if self._inputs is None or self._inputs[0] != name or self._inputs[1].shape != x.shape:
+                raise self._failure or SpikeQuantError(
+                    f"tensor '{name}': two runs of the model do not use it alike",
+                    "report this, or convert with --no-calibration",
+                )
+            self._on_site(site, self._inputs[1], x)
+            self._left -= 1
+            if not self._left:  # Nothing after the last site matters. Its own products do not, either.
+                self._twin.stop()
+                return
             self._go.release()
             self._ready.acquire()
-            return self._product(name, x)
-        # Nothing after the last site matters. Its own products do not, either.
-        self._twin.stop()
-        return np.zeros((0, 0), np.float32)
+        self._product(name, x, y)
 
 
 def calibration_stretches(

@@ -12,12 +12,8 @@ import pytest
 
 from spikequant_gguf import codec
 from spikequant_gguf.converter import ConvertOptions, convert
-from spikequant_gguf.converter.calibrated import (
-    CalibrationOptions,
-    Estimate,
-    calibration,
-    quantize_calibrated,
-)
+from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration, quantize_calibrated
+from spikequant_gguf.converter.estimate import Estimate
 from spikequant_gguf.converter.inputs import SiteSurvey, moments, survey, token_weights
 from spikequant_gguf.converter.layer_journal import LayerJournal
 from spikequant_gguf.converter.lockstep import BatchModel, Lockstep, calibration_stretches
@@ -83,8 +79,8 @@ def test_a_twin_with_the_same_weights_sees_the_same(tiny_model_f32, tiny_text):
         shapes.append(len(seen))
         distances.append(np.abs(x - seen).max() / np.abs(x).max())
 
-    def product(name: str, x: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(x @ weights[name].T)
+    def product(name: str, x: np.ndarray, y: np.ndarray) -> None:
+        y[...] = x @ weights[name].T
 
     with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as lockstep:
         lockstep.run(tokens, on_site, product)
@@ -103,7 +99,7 @@ def test_an_error_in_a_layer_ends_the_run(tiny_model_f32, tiny_text):
 
     with Lockstep(tiny_model_f32, stretches=2, ctx=CTX, threads=1, sites=sites) as lockstep:
         with pytest.raises(InputError, match="no"):
-            lockstep.run(tokens, on_site, lambda name, x: x)
+            lockstep.run(tokens, on_site, lambda *_: None)
 
 
 def test_the_memory_of_logits_comes_back_when_they_are_computed(tiny_model_f32, tiny_text):
@@ -249,7 +245,7 @@ def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
         lockstep.run(
             tokens,
             lambda site, x, _: seen.update({site: x.astype(np.float64)}),
-            lambda name, x: np.ascontiguousarray(x @ source[name].T),
+            lambda name, x, y: np.matmul(x, source[name].T, out=y),
         )
     for name, site in sites.items():
         x = seen[site]

@@ -92,8 +92,14 @@ def convert(
         ),
     ] = None,
     calibration_chunks: Annotated[
-        int, typer.Option("--calibration-chunks", min=1, help="Chunks of 512 tokens to calibrate on.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--calibration-chunks",
+            min=1,
+            help="Chunks of 512 tokens to calibrate on.",
+            show_default="64; half as many and so on for a model for which that takes more than 8 GB",
+        ),
+    ] = None,
     smoothing: Annotated[
         bool, typer.Option("--smoothing/--no-smoothing", help="Scale channels before quantization.")
     ] = True,

@@ -13,7 +13,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -32,15 +35,31 @@ float clamp(float x, float lo, float hi) {
     return x > hi ? hi : x;
 }
 
-// The upper triangular U with (H + damping)^-1 = U^T U, row by row. False if H is not positive definite.
-// Plain loops over rows, in double: each element sees one fixed sequence of operations.
-bool factor_inverse(const std::vector<float> & h, int64_t n, std::vector<float> & u) {
+struct release {
+    void operator()(void * memory) const { std::free(memory); }
+};
+
+using square = std::unique_ptr<float[], release>; // n x n, row by row
+
+// U of (H + damping)^-1 = U^T U, upper triangular, its rows and columns in a given order of H's; below the diagonal is U^T.
+// Null if H is not positive definite. Plain loops over rows, in double: each element sees one fixed sequence of operations.
+// All in one array, which is the largest of a conversion: R is below its diagonal, the inverse grows above it.
+square factor_inverse(const float * h, const std::vector<int> & order, int64_t n) {
+    std::unique_ptr<double[], release> memory((double *) std::malloc((size_t) (n*n)*sizeof(double)));
+    double * r = memory.get();
+    if (r == nullptr) {
+        throw std::bad_alloc();
+    }
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j <= i; j++) {
+            r[i*n + j] = h[order[i]*n + order[j]];
+        }
+    }
     // H = R R^T with R upper: from the last input to the first. Row k of r holds column k of R.
-    std::vector<double> r(h.begin(), h.end());
     for (int64_t k = n - 1; k >= 0; k--) {
-        double * column = r.data() + k*n;
+        double * column = r + k*n;
         if (!(column[k] > 0.0)) {
-            return false;
+            return nullptr;
         }
         const double pivot = std::sqrt(column[k]);
         for (int64_t i = 0; i < k; i++) {
@@ -49,71 +68,80 @@ bool factor_inverse(const std::vector<float> & h, int64_t n, std::vector<float> 
         column[k] = pivot;
         for (int64_t i = 0; i < k; i++) {
             const double factor = column[i];
-            double * row = r.data() + i*n;
+            double * row = r + i*n;
             for (int64_t j = 0; j <= i; j++) {
                 row[j] -= factor*column[j];
             }
         }
     }
-    std::vector<double> inverse((size_t) (n*n));
     for (int64_t i = n - 1; i >= 0; i--) {
-        double * row = inverse.data() + i*n;
+        double * row = r + i*n;
+        const double pivot = row[i];
         row[i] = 1.0;
+        std::fill(row + i + 1, row + n, 0.0);
         for (int64_t k = i + 1; k < n; k++) {
             const double factor = r[k*n + i];
-            const double * other = inverse.data() + k*n;
+            const double * other = r + k*n;
             for (int64_t j = k; j < n; j++) {
                 row[j] -= factor*other[j];
             }
         }
-        const double pivot = r[i*n + i];
         for (int64_t j = i; j < n; j++) {
             row[j] /= pivot;
         }
     }
-    u.assign(inverse.begin(), inverse.end());
-    return true;
+    // to single precision in place: no value is written over before it is read
+    char * bytes = (char *) memory.release();
+    for (int64_t i = 0; i < n*n; i++) {
+        double value;
+        std::memcpy(&value, bytes + i*sizeof(double), sizeof(double));
+        const float rounded = (float) value;
+        std::memcpy(bytes + i*sizeof(float), &rounded, sizeof(float));
+    }
+    void * smaller = std::realloc(bytes, (size_t) (n*n)*sizeof(float));
+    square u((float *) (smaller != nullptr ? smaller : bytes));
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = i + 1; j < n; j++) {
+            u[j*n + i] = u[i*n + j];
+        }
+    }
+    return u;
 }
 
 class quantizer {
   public:
-    quantizer(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n, const spike_quantizer_options & options) :
-        weights(weights), deviations(deviations), n_rows(n_rows), n(n), n_blocks(n/QK_SPK), options(options), h(moments, moments + n*n), order(n) {
-        double diagonal = 0.0;
+    // Adds the damping to the diagonal of the moments, as long as the quantizer lives.
+    quantizer(const float * weights, float * moments, const float * deviations, int64_t n_rows, int64_t n, const spike_quantizer_options & options) :
+        weights(weights), deviations(deviations), damped(moments), n_rows(n_rows), n(n), n_blocks(n/QK_SPK), options(options),
+        diagonal((size_t) n), order((size_t) n) {
+        double sum = 0.0;
         for (int64_t i = 0; i < n; i++) {
-            diagonal += h[i*n + i];
+            diagonal[i] = moments[i*n + i];
+            sum += diagonal[i];
         }
-        mean_diagonal = (float) (diagonal/(double) n);
+        mean_diagonal = (float) (sum/(double) n);
         if (!(mean_diagonal > 0.0f)) { // inputs that never fire: any code will do, take the nearest
             mean_diagonal = 1.0f;
         }
-        damped = h;
         for (int64_t i = 0; i < n; i++) {
             damped[i*n + i] += options.damping*mean_diagonal;
         }
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return h[(int64_t) a*n + a] > h[(int64_t) b*n + b]; });
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return diagonal[a] > diagonal[b]; });
     }
 
-    bool prepare() {
-        std::vector<float> permuted((size_t) (n*n));
+    ~quantizer() {
         for (int64_t i = 0; i < n; i++) {
-            for (int64_t j = 0; j < n; j++) {
-                permuted[i*n + j] = damped[(int64_t) order[i]*n + order[j]];
-            }
+            damped[i*n + i] = diagonal[i];
         }
-        if (!factor_inverse(permuted, n, u)) {
-            return false;
-        }
-        if (deviations != nullptr) {
-            u_transposed.resize(u.size());
-            for (int64_t i = 0; i < n; i++) {
-                for (int64_t j = 0; j < n; j++) {
-                    u_transposed[j*n + i] = u[i*n + j];
-                }
-            }
-        }
-        return true;
+    }
+
+    quantizer(const quantizer &) = delete;
+    quantizer & operator=(const quantizer &) = delete;
+
+    bool prepare() {
+        u = factor_inverse(damped, order, n);
+        return u != nullptr;
     }
 
     // Rows r0 .. r0 + LANES - 1, as far as they exist.
@@ -124,7 +152,7 @@ class quantizer {
         if (deviations != nullptr) {
             correct(wanted);
         }
-        times(wanted, damped.data(), wh);
+        times(wanted, damped, wh);
         float best_error[LANES];
         std::fill(best_error, best_error + LANES, INFINITY);
         std::vector<outcome> outcomes(FINALISTS);
@@ -133,7 +161,7 @@ class quantizer {
             for (int64_t i = 0; i < n_lanes*n; i++) {
                 difference[i] = o.threshold[i/n]*o.codes[i] - wanted[i];
             }
-            times(difference, damped.data(), g);
+            times(difference, damped, g);
             for (int lane = 0; lane < n_lanes; lane++) {
                 const float * w = wanted.data() + lane*n;
                 const float * h = wh.data() + lane*n;
@@ -168,8 +196,8 @@ class quantizer {
         for (int64_t i = 0; i < LANES*n; i++) {
             permuted[i] = s[i - i%n + order[i%n]];
         }
-        times(permuted, u.data(), s); // (H + damping)^-1 = U^T U
-        times(s, u_transposed.data(), permuted);
+        times(permuted, u.get(), s, part::upper); // (H + damping)^-1 = U^T U
+        times(s, u.get(), permuted, part::lower);
         for (int64_t i = 0; i < LANES*n; i++) {
             w[i - i%n + order[i%n]] += options.correction*permuted[i];
         }
@@ -179,7 +207,7 @@ class quantizer {
     void search(const rows & w, float * threshold, float * zero_point) const {
         std::vector<float> importance((size_t) n);
         for (int64_t i = 0; i < n; i++) {
-            importance[i] = h[i*n + i]/mean_diagonal;
+            importance[i] = diagonal[i]/mean_diagonal;
         }
         for (int lane = 0; lane < LANES; lane++) {
             spike_search_row(w.data() + lane*n, importance.data(), n, options.salient_weights, &threshold[lane], &zero_point[lane]);
@@ -274,7 +302,7 @@ class quantizer {
                 float * x = w.data() + c*LANES;
                 float * error = errors.data() + (c - first)*LANES;
                 const float * extra  = reach.data() + c*LANES;
-                const float * factor = u.data() + c*n;
+                const float * factor = u.get() + c*n;
                 const float   pivot  = 1.0f/factor[c];
                 for (int lane = 0; lane < LANES; lane++) {
                     const float lo = -zero[lane] - extra[lane];
@@ -297,7 +325,7 @@ class quantizer {
                 std::memcpy(strip, w.data() + k*LANES, sizeof(strip));
                 for (int64_t c = 0; c < GPTQ_BLOCK; c++) {
                     const float * error  = errors.data() + c*LANES;
-                    const float * factor = u.data() + (first + c)*n + k;
+                    const float * factor = u.get() + (first + c)*n + k;
                     for (int a = 0; a < STRIP; a++) {
                         for (int lane = 0; lane < LANES; lane++) {
                             strip[a][lane] -= error[lane]*factor[a];
@@ -309,8 +337,11 @@ class quantizer {
         }
     }
 
+    // What of a matrix counts; the rest are zeros, whatever is stored there.
+    enum class part { all, upper, lower };
+
     // out = x M, with the transpose of M at hand, row by row.
-    void times(const rows & x, const float * transposed, rows & out) const {
+    void times(const rows & x, const float * transposed, rows & out, part used = part::all) const {
         std::vector<float> columns((size_t) (n*LANES));
         for (int lane = 0; lane < LANES; lane++) {
             for (int64_t i = 0; i < n; i++) {
@@ -320,12 +351,34 @@ class quantizer {
         for (int64_t i = 0; i < n; i += STRIP) {
             float strip[STRIP][LANES] = {};
             const float * m = transposed + i*n;
-            for (int64_t k = 0; k < n; k++) {
-                const float * column = columns.data() + k*LANES;
-                for (int a = 0; a < STRIP; a++) {
-                    for (int lane = 0; lane < LANES; lane++) {
-                        strip[a][lane] += column[lane]*m[a*n + k];
+            auto add = [&](int64_t first, int64_t end) {
+                for (int64_t k = first; k < end; k++) {
+                    const float * column = columns.data() + k*LANES;
+                    for (int a = 0; a < STRIP; a++) {
+                        for (int lane = 0; lane < LANES; lane++) {
+                            strip[a][lane] += column[lane]*m[a*n + k];
+                        }
                     }
+                }
+            };
+            if (used == part::all) {
+                add(0, n);
+            } else {
+                if (used == part::lower) {
+                    add(0, i);
+                }
+                for (int64_t k = i; k < i + STRIP; k++) { // the diagonal
+                    const float * column = columns.data() + k*LANES;
+                    for (int a = 0; a < STRIP; a++) {
+                        const bool  inside = used == part::lower ? k <= i + a : k >= i + a;
+                        const float factor = inside ? m[a*n + k] : 0.0f;
+                        for (int lane = 0; lane < LANES; lane++) {
+                            strip[a][lane] += column[lane]*factor;
+                        }
+                    }
+                }
+                if (used == part::upper) {
+                    add(i + STRIP, n);
                 }
             }
             for (int a = 0; a < STRIP; a++) {
@@ -337,7 +390,7 @@ class quantizer {
     }
 
     void add_to_gradient(int64_t i, float change, float * g) const {
-        const float * row = damped.data() + i*n;
+        const float * row = damped + i*n;
         for (int64_t k = 0; k < n; k++) {
             g[k] += change*row[k];
         }
@@ -409,16 +462,18 @@ class quantizer {
 
     const float *           weights;
     const float *           deviations;
+    float *                 damped;
     int64_t                 n_rows, n, n_blocks;
     spike_quantizer_options options;
-    std::vector<float>      h, damped, u, u_transposed; // the last two in GPTQ's order
+    std::vector<float>      diagonal; // of the moments, undamped
     std::vector<int>        order;
+    square                  u; // see factor_inverse; in GPTQ's order
     float                   mean_diagonal;
 };
 
 } // namespace
 
-bool spike_quantize_calibrated(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
+bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
                                const spike_quantizer_options * options, block_spk4 * blocks, float * error) {
     GGML_ASSERT(n_inputs % QK_SPK == 0 && options->salient_weights >= 0 && options->salient_weights <= SPIKE_SALIENT_SLOTS);
     quantizer q(weights, moments, deviations, n_rows, n_inputs, *options);

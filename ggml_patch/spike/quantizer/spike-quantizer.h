@@ -32,10 +32,10 @@ typedef struct {
 } spike_quantizer_options;
 
 // weights: n_rows x n_inputs floats; moments: n_inputs x n_inputs, mean of x^ x^T over the inputs x^ that the layer will see,
-// in the same basis. deviations: NULL, or the mean of x^ (x - x^)^T, x being the float model's inputs (row k belongs to x^_k).
+// in the same basis; the diagonal is changed during the call. deviations: NULL, or the mean of x^ (x - x^)^T, x being the float model's inputs (row k belongs to x^_k).
 // error: per row, the mean squared output error over the calibration tokens, relative to the mean squared output.
 // Returns false if the moments are not positive definite after damping.
-GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, const float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
+GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
                                                 const spike_quantizer_options * options, block_spk4 * blocks, float * error);
 
 #ifdef __cplusplus
