@@ -19,7 +19,7 @@ DEFAULT_MEMORY = 10_000_000_000
 """Bytes that a calibration takes at most by default: larger models get fewer chunks."""
 
 _PRODUCTS_PER_SECOND = 25e9  # of one core, measured on an AMD EPYC (Zen 4)
-_PROCESS = 150_000_000  # bytes of Python, its libraries, and llama.cpp without any tokens
+_PROCESS = 120_000_000  # bytes of Python, its libraries, and llama.cpp without any tokens
 _OUTPUT_SHARE = 4  # one of so many tokens has logits, see lockstep.py
 
 
@@ -91,9 +91,9 @@ def needed_memory(source: Source, names: Collection[str], n_tokens: int, ctx: in
     """Bytes that a calibration of weight matrices takes at its highest point, beside the mapped source file.
 
     While layers are computed: results of the source model, which waits at the inputs of a layer, and of the
-    twin, which computes it; keys and values of one layer; attention masks in half precision; and moments with
-    what the quantizer makes of them. Before that, for a moment: keys and values of all layers of one model,
-    or its logits beside what the other one has computed before its first layer.
+    twin, which computes it; inputs in half precision; keys, values and attention masks of one layer; and
+    moments with what the quantizer makes of them. Before that, for a moment: keys and values of all layers of
+    one model, or its logits.
     """
     tensors = [source.tensors[name] for name in names]
     if not tensors:
@@ -111,8 +111,8 @@ def needed_memory(source: Source, names: Collection[str], n_tokens: int, ctx: in
     embedded = source.tensors.get("token_embd.weight")
     vocabulary = embedded.n_rows if embedded is not None else 0
 
-    computing = 4 * (4 * widest + 2 * hidden) + 2 * 2 * max(keys.values()) + 2 * 2 * ctx
-    starting = max(2 * sum(keys.values()), 4 * vocabulary // _OUTPUT_SHARE + 4 * 6 * hidden)
+    computing = 4 * (4 * widest + 4 * hidden) + 2 * widest + 2 * 2 * max(keys.values()) + 2 * 2 * ctx
+    starting = max(2 * sum(keys.values()), 4 * vocabulary // _OUTPUT_SHARE + 4 * hidden)
     squares = 16 * max(n_in for n_in, _ in matrices) ** 2
     largest = 3 * 4 * max(n_in * n_rows for n_in, n_rows in matrices)
     return _PROCESS + max(n_tokens * computing + squares + largest, n_tokens * starting)

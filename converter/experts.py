@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikequant_gguf.format import BLOCK_SPK4
-from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_values
+from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_at, tensor_values
 from spikequant_gguf.native import NativeLibrary
 
 from .inputs import moments
@@ -154,10 +154,10 @@ class RoutedModel(BatchModel):
             on_input=lambda *_: None,
         )
 
-    def _wanted_node(self, node: TensorStruct, ask: bool) -> bool:
+    def _on_product(self, node: TensorStruct, ask: bool) -> bool:
         if node.op != operation_number("MUL_MAT_ID"):
             return not ask
-        sources = [TensorStruct.from_address(node.src[i]) for i in (_WEIGHTS, _INPUT, _EXPERTS)]
+        sources = [tensor_at(node.src[i]) for i in (_WEIGHTS, _INPUT, _EXPERTS)]
         name = self._names.get(sources[_WEIGHTS].name)
         if name is None:
             return not ask

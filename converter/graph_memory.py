@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from spikequant_gguf.errors import SpikeQuantError
-from spikequant_gguf.ggml_api import TensorStruct
+from spikequant_gguf.ggml_api import TensorStruct, tensor_at
 
 __all__ = ["GraphMemory", "give_back", "give_back_caches"]
 
@@ -80,8 +80,8 @@ class GraphMemory:
         for address in (own, *node.src):
             if not address:
                 continue
-            root = TensorStruct.from_address(address).view_src or address
-            tensor = TensorStruct.from_address(root)
+            root = tensor_at(address).view_src or address
+            tensor = tensor_at(root)
             kept = root == own or tensor.flags & _INPUT or tensor.name.startswith(_CACHES)
             if kept or root in self._numbers:
                 yield tensor, self._numbers.setdefault(root, len(self._numbers))
@@ -91,9 +91,9 @@ def give_back_caches(nodes: Iterable[TensorStruct]) -> None:
     """Gives the memory of all keys and values back. They are zeros afterwards."""
     for node in nodes:
         for address in (ctypes.addressof(node), *node.src):
-            root = TensorStruct.from_address(address).view_src if address else None
-            if root and TensorStruct.from_address(root).name.startswith(_CACHES):
-                start, end = _range(TensorStruct.from_address(root))
+            root = tensor_at(address).view_src if address else None
+            if root and tensor_at(root).name.startswith(_CACHES):
+                start, end = _range(tensor_at(root))
                 give_back(start, end - start)
 
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_values
+from spikequant_gguf.ggml_api import TensorStruct, operation_number, tensor_at, tensor_rows
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.llama_log import collect_errors
+from spikequant_gguf.watched import WatchedModel
 
 from .graph_memory import GraphMemory, give_back, give_back_caches
 from .structure import Site
@@ -39,7 +40,7 @@ _OUTPUT_EVERY = 4
 _Input = Callable[[str, NDArray[np.float32], NDArray[np.float32]], None]
 
 
-class BatchModel(Model):
+class BatchModel(WatchedModel):
     """A model that computes many stretches of text as one batch and shows the inputs of linear layers.
 
     Args:
@@ -67,7 +68,6 @@ class BatchModel(Model):
         self._names = {name.encode(): name for name in names}
         self._on_input, self._replaced = on_input, replaced
         self._stopped = self._looking = False
-        self._error: BaseException | None = None
         self._nodes: list[TensorStruct] = []  # seen when looking ahead
         self._memory = GraphMemory()
         super().__init__(path, ctx_size=stretches * ctx, threads=threads)
@@ -84,15 +84,23 @@ class BatchModel(Model):
         Raises:
             SpikeQuantError: llama.cpp cannot compute it. Whatever on_input raised.
         """
+        self.prepare(tokens)
+        self.compute()
+
+    def prepare(self, tokens: NDArray[np.int32]) -> None:
+        """The first part of run(): what takes the most memory for a moment."""
         self._set_batch(tokens)
         self._look_ahead(self._memory.look)
         self._give_back_logits()
+
+    def compute(self) -> None:
+        """The second part of run()."""
         status = self.api.llama_decode(self._context, self._batch)
-        if self._error is not None:
-            raise self._error
+        self._raise_fault()
         if status != 0 and not (status == _ABORTED and self._stopped):
             raise SpikeQuantError(
-                f"{self.path}: llama.cpp could not compute {tokens.size} tokens at once (status {status})",
+                f"{self.path}: llama.cpp could not compute {self._batch.n_tokens} tokens at once "
+                f"(status {status})",
                 "calibrate on fewer chunks with --calibration-chunks",
             )
 
@@ -133,48 +141,42 @@ class BatchModel(Model):
         wanted = self._stretches * self._ctx // (_OUTPUT_EVERY if causal else 1)
         params.n_outputs_max = max(self._stretches, wanted)
         params.kv_unified = False
-        fields = dict(type(params)._fields_)
-        # kept as attributes: llama.cpp calls them as long as the context lives
-        self._evaluated_callback = fields["cb_eval"](self._evaluated)
-        self._abort_callback = fields["abort_callback"](lambda _: self._stopped or self._looking)
-        params.cb_eval, params.abort_callback = self._evaluated_callback, self._abort_callback
+        kind = dict(type(params)._fields_)["abort_callback"]
+        self._abort_callback = kind(self._ended)  # the runtime holds no reference
+        params.abort_callback = self._abort_callback
         return params
+
+    def _ended(self, _user_data: Any) -> bool:
+        return self._stopped or self._looking or self._fault is not None
 
     def _make_batch(self) -> None:
         self._batch = self.api.llama_batch_init(self._stretches * self._ctx, 0, 1)
 
-    def _evaluated(self, address: Any, ask: bool, _: Any) -> bool:
-        """ggml_backend_sched_eval_callback: asked before a node is computed, and told afterwards."""
+    def _on_node(self, node: TensorStruct, ask: bool) -> bool:
         if self._stopped:
             return False
-        try:
-            node = TensorStruct.from_address(ctypes.cast(address, ctypes.c_void_p).value or 0)
-            if self._looking:
-                if ask:
-                    self._nodes.append(node)
-                return not ask
+        if self._looking:
             if ask:
-                self._memory.used(node)
-            else:
-                self._memory.give_back_dead(node)
-            return self._wanted_node(node, ask)
-        except BaseException as error:  # ctypes would only print it
-            self._error = error
-            self.stop()
-        return True
+                self._nodes.append(node)
+            return not ask
+        if ask:
+            self._memory.used(node)
+        else:
+            self._memory.give_back_dead(node)
+        return self._on_product(node, ask)
 
-    def _wanted_node(self, node: TensorStruct, ask: bool) -> bool:
-        """Whether to stop after a node (ask), and what to do there."""
+    def _on_product(self, node: TensorStruct, ask: bool) -> bool:
+        """As _on_node; looks for the products of the matrices with the given names."""
         if node.op != operation_number("MUL_MAT"):
             return not ask
-        name = self._names.get(TensorStruct.from_address(node.src[0]).name)
+        name = self._names.get(tensor_at(node.src[0]).name)
         if name is None:
             return not ask
         if self._replaced:
             node.flags = node.flags & ~_FLAG_COMPUTE if ask else node.flags | _FLAG_COMPUTE
         if not ask:
-            x, y = (tensor_values(each) for each in (TensorStruct.from_address(node.src[1]), node))
-            self._on_input(name, np.ascontiguousarray(x).reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+            x = np.ascontiguousarray(tensor_rows(tensor_at(node.src[1])))
+            self._on_input(name, x, tensor_rows(node))
         return True
 
     def _give_back_logits(self) -> None:
@@ -242,11 +244,13 @@ class Lockstep:
             SpikeQuantError: as BatchModel.run. Whatever the functions raise.
         """
         self._on_site, self._product = on_site, product
-        thread = threading.Thread(target=self._run_source, args=(tokens,), daemon=True)
+        self._source.prepare(tokens)
+        self._twin.prepare(tokens)
+        thread = threading.Thread(target=self._run_source, daemon=True)
         thread.start()
         self._ready.acquire()
         try:
-            self._twin.run(tokens)
+            self._twin.compute()
         finally:
             self._source.stop()
             self._go.release()
@@ -268,9 +272,9 @@ class Lockstep:
 
     # The two take turns: while one computes, the other waits, so that both can use all threads.
 
-    def _run_source(self, tokens: NDArray[np.int32]) -> None:
+    def _run_source(self) -> None:
         try:
-            self._source.run(tokens)
+            self._source.compute()
         except BaseException as error:
             self._failure = error
         self._inputs = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 
 from spikequant_gguf import codec
-from spikequant_gguf.converter import ConvertOptions, convert
+from spikequant_gguf.converter import ConvertOptions, convert, estimate, graph_memory, lockstep
 from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration, quantize_calibrated
-from spikequant_gguf.converter.estimate import Estimate
+from spikequant_gguf.converter.estimate import Estimate, default_chunks, needed_memory
 from spikequant_gguf.converter.inputs import SiteSurvey, moments, survey, token_weights
 from spikequant_gguf.converter.layer_journal import LayerJournal
 from spikequant_gguf.converter.lockstep import BatchModel, Lockstep, calibration_stretches
@@ -82,8 +83,8 @@ def test_a_twin_with_the_same_weights_sees_the_same(tiny_model_f32, tiny_text):
     def product(name: str, x: np.ndarray, y: np.ndarray) -> None:
         y[...] = x @ weights[name].T
 
-    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as lockstep:
-        lockstep.run(tokens, on_site, product)
+    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as both:
+        both.run(tokens, on_site, product)
     assert len(met) == len(set(met)) and set(met) == set(sites.values())
     layers = [int(site.readers[0].split(".")[1]) for site in met]
     assert layers == sorted(layers)
@@ -97,9 +98,9 @@ def test_an_error_in_a_layer_ends_the_run(tiny_model_f32, tiny_text):
     def on_site(site: Site, x: np.ndarray, seen: np.ndarray) -> None:
         raise InputError("no")
 
-    with Lockstep(tiny_model_f32, stretches=2, ctx=CTX, threads=1, sites=sites) as lockstep:
+    with Lockstep(tiny_model_f32, stretches=2, ctx=CTX, threads=1, sites=sites) as both:
         with pytest.raises(InputError, match="no"):
-            lockstep.run(tokens, on_site, lambda *_: None)
+            both.run(tokens, on_site, lambda *_: None)
 
 
 def test_the_memory_of_logits_comes_back_when_they_are_computed(tiny_model_f32, tiny_text):
@@ -113,6 +114,54 @@ def test_the_memory_of_logits_comes_back_when_they_are_computed(tiny_model_f32, 
     with Model(tiny_model_f32, ctx_size=CTX) as plain:
         expected = np.concatenate([block.copy() for block in plain.logits(tokens[0])])[3::4]
     assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_what_is_given_back_is_not_needed(tiny_model_f32, tiny_text, monkeypatch):
+    """Every product has the same inputs and outputs to the bit, whether memory goes back or not."""
+    tokens, given = stretches(tiny_model_f32, tiny_text), []
+
+    def give_back(address: int, n_bytes: int) -> None:
+        given.append(n_bytes)
+
+    def products() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        found = {}
+        sites = sites_of(tiny_model_f32)
+        options = {"stretches": len(tokens), "ctx": CTX, "threads": 2, "names": sites}
+        keep = lambda name, x, y: found.update({name: (x.copy(), y.copy())})  # noqa: E731
+        with BatchModel(tiny_model_f32, **options, on_input=keep) as batch:
+            batch.run(tokens)
+        return found
+
+    sparing = products()
+    for module in (graph_memory, lockstep):
+        monkeypatch.setattr(module, "give_back", give_back)
+    generous = products()
+    assert sum(given) > 10 * tokens.size * 64 * 4  # more than ten results of the hidden size
+    assert sparing.keys() == generous.keys() == sites_of(tiny_model_f32).keys()
+    for name in sparing:
+        assert all(np.array_equal(a, b) for a, b in zip(sparing[name], generous[name], strict=True)), name
+
+
+def test_pages_given_back_are_zeros():
+    values = np.ones(1 << 20, np.uint8)
+    graph_memory.give_back(values.ctypes.data + 1, values.nbytes - 2)
+    page = mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED"):
+        assert not values[page:-page].any()
+    assert values[0] == values[-1] == 1
+
+
+def test_chunks_depend_on_the_model(tiny_model_f32, monkeypatch):
+    """Half as many until they fit; a small model reads 64."""
+    with open_gguf(tiny_model_f32, load()) as source:
+        names = list(sites_of(tiny_model_f32))
+        assert default_chunks(source, names, 512) == 64
+        needed = [needed_memory(source, names, chunks * 512, 512) for chunks in (8, 16, 32)]
+        assert needed == sorted(set(needed))
+        monkeypatch.setattr(estimate, "DEFAULT_MEMORY", needed[1])
+        assert default_chunks(source, names, 512) == 16
+        monkeypatch.setattr(estimate, "DEFAULT_MEMORY", 0)
+        assert default_chunks(source, names, 512) == 1
 
 
 def test_moments():
@@ -241,8 +290,8 @@ def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
     stored = {path: tensors_of(path) for path in (direct.path, report.path)}
     seen: dict[Site, np.ndarray] = {}
     tokens, sites = stretches(tiny_model_f32, Path(small_text.file)), sites_of(tiny_model_f32)
-    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as lockstep:
-        lockstep.run(
+    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as both:
+        both.run(
             tokens,
             lambda site, x, _: seen.update({site: x.astype(np.float64)}),
             lambda name, x, y: np.matmul(x, source[name].T, out=y),
