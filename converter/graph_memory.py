@@ -102,7 +102,7 @@ def give_back(address: int, n_bytes: int) -> None:
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address + n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
-        with suppress(OSError, AttributeError):  # no POSIX
+        with suppress(OSError, AttributeError, TypeError):  # no POSIX
             advise, advice = ctypes.CDLL(None).madvise, mmap.MADV_DONTNEED
             advise(ctypes.c_void_p(first), ctypes.c_size_t(size), ctypes.c_int(advice))
 
