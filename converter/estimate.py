@@ -19,7 +19,7 @@ DEFAULT_MEMORY = 10_000_000_000
 """Bytes that a calibration takes at most by default: larger models get fewer chunks."""
 
 _PRODUCTS_PER_SECOND = 25e9  # of one core, measured on an AMD EPYC (Zen 4)
-_PROCESS = 120_000_000  # bytes of Python, its libraries, and llama.cpp without any tokens
+_PROCESS = 150_000_000  # bytes of Python, its libraries, and llama.cpp without any tokens
 _OUTPUT_SHARE = 4  # one of so many tokens has logits, see lockstep.py
 
 

@@ -1,7 +1,8 @@
 """Per-channel scalings that make inputs and weights of a site alike in size, folded into earlier tensors.
 
 For channel j: t_j = (norm of the weights that read it)^a / (root mean square of its values)^b, with geometric
-mean 1. The exponents come from a study on SmolLM2-135M; they differ by site.
+mean 1. The exponents come from a study on SmolLM2-135M; they differ by site, and little depends on them: on
+web text that was not calibrated on, none of a grid has outputs better by 2 % (docs/accuracy.md).
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def convert(
             "--calibration-chunks",
             min=1,
             help="Chunks of 512 tokens to calibrate on.",
-            show_default="64; half as many and so on for a model for which that takes more than 8 GB",
+            show_default="64, or half as many and so on where that takes more than 10 GB",
         ),
     ] = None,
     smoothing: Annotated[
