@@ -21,7 +21,7 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
                 for (int i = 0; i <= SPIKE_AHEAD_AGAIN; i++) {
                     runs[i] = lines.first;
                 }
-                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 0 };
+                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 0 };
                 kernel->integrate_ahead(lines.first, 1, program, scaled, own, 0, &ahead);
             } else {
                 kernel->integrate(lines.first, program, scaled, own);
