@@ -132,6 +132,7 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
     const int64_t i1 = column % src1->ne[1], i2 = column/src1->ne[1] % src1->ne[2], i3 = column/(src1->ne[1]*src1->ne[2]);
     const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
     const bool tiles = form_of(op->src[0]) == weight_form::tiles, few = serves_few_tokens(op);
+    const bool whole_blocks = !tiles || spike_counting(); // else only the values are of use
     block_spka * blocks = (block_spka *) (work + w.blocks) + place*(n_inputs/QK_SPK);
     void *       train  = work + w.trains + (size_t) place*w.train_size;
     int8_t *     values = nullptr;
@@ -147,10 +148,10 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
         for (int64_t b = 0; values && b < n_inputs/QK_SPK; b++) {
             spike_activation_values(blocks + b, values + b*QK_SPK, values + n_inputs + b*QK_SPK);
         }
-    } else if (tiles && !spike_counting()) {
-        spike_encode_values((const float *) row, n_inputs, &encoder, scratch, values, blocks); // counts alone read whole blocks
-    } else {
+    } else if (whole_blocks) {
         spike_encode_token((const float *) row, blocks, n_inputs, &encoder, scratch, values);
+    } else {
+        spike_encode_values((const float *) row, n_inputs, &encoder, scratch, values, blocks);
     }
     if (tiles && few) {
         spike_train_build(blocks, n_inputs, (spike_train *) train);
