@@ -112,7 +112,7 @@ bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_r
         const block_spk4 * row = x + r*n_blocks;
         bool sound = true;
         for (int64_t b = 0; b < n_blocks; b++) {
-            sound &= spike_is_sound(row + b) & (row[b].header == row[0].header) & ((row[b].header & SPK4_NOT_ROTATED) == rotation);
+            sound &= spike_is_sound_in_row(row + b, row[0].header, rotation);
         }
         for (int64_t b = 0; !sound && b < n_blocks; b++) {
             const char * fault = check_block_of_row(row + b, row[0].header, rotation);

@@ -124,6 +124,11 @@ static inline bool spike_is_sound(const block_spk4 * x) {
     return threshold & valid & unused & ascending;
 }
 
+// The same for a block of a row, given the first header of the row and SPK4_NOT_ROTATED of the tensor's first block.
+static inline bool spike_is_sound_in_row(const block_spk4 * x, uint16_t header, uint16_t rotation) {
+    return spike_is_sound(x) & (x->header == header) & ((x->header & SPK4_NOT_ROTATED) == rotation);
+}
+
 // NULL if the block alone is valid, else what is wrong with it.
 GGML_API const char * spike_check_weights(const block_spk4 * x);
 GGML_API const char * spike_check_activations(const block_spka * x);

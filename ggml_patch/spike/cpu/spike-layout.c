@@ -98,9 +98,7 @@ bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
             const block_spk4 * column = blocks + row0*layout->n_blocks + b;
             pack_lines(column, layout->n_blocks, n_rows, first + (size_t) (b*QK_SPK)*lines.stride, lines.stride);
             for (int64_t r = 0; r < n_rows; r++) {
-                const block_spk4 * block = column + r*layout->n_blocks;
-                sound &= spike_is_sound(block) & (block->header == blocks[(row0 + r)*layout->n_blocks].header)
-                    & ((block->header & SPK4_NOT_ROTATED) == rotation);
+                sound &= spike_is_sound_in_row(column + r*layout->n_blocks, blocks[(row0 + r)*layout->n_blocks].header, rotation);
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 uint8_t * salients = packed + (spike_salients_of_tile(layout, packed, tile, b, slot) - packed);

@@ -1,5 +1,5 @@
 // AVX2: 256-bit byte and 16-bit additions.
-#include "spike/cpu/spike-kernels.h"
+#include "spike-requests.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -16,8 +16,6 @@ typedef struct {
 
 // The compiler would reorder the chain of additions and then run out of registers.
 #define KEEP_ORDER(a, b, c, d) __asm__("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d))
-// It would also make one product of a loop's steps.
-#define KEEP_SUM(a) __asm__("" : "+r"(a))
 
 static inline __attribute__((always_inline)) __m256i add16(__m256i a, __m256i b, int negative) {
     return negative ? _mm256_sub_epi16(a, b) : _mm256_add_epi16(a, b);
@@ -30,28 +28,6 @@ static inline __attribute__((always_inline)) void flush(__m256i low, __m256i hig
     current->low_odd   = add16(current->low_odd,   low_odd, negative);
     current->high_even = add16(current->high_even, high_own, negative);
     current->high_odd  = add16(current->high_odd,  _mm256_srli_epi16(high_own, 8), negative);
-}
-
-static inline __attribute__((always_inline)) void prefetch_pair(const uint8_t * line) {
-    _mm_prefetch((const char *) line, _MM_HINT_T1);
-    _mm_prefetch((const char *) line + SPIKE_LINE_BYTES, _MM_HINT_T1);
-}
-
-static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
-    prefetch_pair(run);
-    prefetch_pair(run + ahead->second);
-    if (pairs == 3) {
-        prefetch_pair(run + ahead->third);
-    }
-}
-
-// A run for the first time, and one again.
-static inline __attribute__((always_inline)) void request(spike_ahead * ahead, int pairs) {
-    const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
-    prefetch_run(next[0], ahead, pairs);
-    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);
-    ahead->position += ahead->step;
-    KEEP_SUM(ahead->position);
 }
 
 static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n,

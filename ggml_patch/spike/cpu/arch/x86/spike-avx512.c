@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector. The arithmetic is that of spike-avx2.c.
-#include "spike/cpu/spike-kernels.h"
+#include "spike-requests.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -14,33 +14,9 @@ static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
 };
 
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
-// It would also make one product of a loop's steps.
-#define KEEP_SUM(a) __asm__("" : "+r"(a))
 
 static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b, int negative) {
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
-}
-
-static inline __attribute__((always_inline)) void prefetch_pair(const uint8_t * line) {
-    _mm_prefetch((const char *) line, _MM_HINT_T1);
-    _mm_prefetch((const char *) line + SPIKE_LINE_BYTES, _MM_HINT_T1);
-}
-
-static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
-    prefetch_pair(run);
-    prefetch_pair(run + ahead->second);
-    if (pairs == 3) {
-        prefetch_pair(run + ahead->third);
-    }
-}
-
-// A run for the first time, and one again.
-static inline __attribute__((always_inline)) void request(spike_ahead * ahead, int pairs) {
-    const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
-    prefetch_run(next[0], ahead, pairs);
-    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);
-    ahead->position += ahead->step;
-    KEEP_SUM(ahead->position);
 }
 
 // With ahead NULL nothing is prefetched. Whether it is, and pairs, are known when this is compiled.
@@ -179,16 +155,13 @@ static inline uint32_t list_numbers(__mmask64 found, __m512i first, uint16_t * l
 
 static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
                         spike_lists * lists) {
+    const __m512i block = _mm512_set1_epi16(QK_SPK);
     __m512i top = _mm512_setzero_si512(), number = _mm512_set1_epi16((short) first);
     uint16_t * next_active = active;
     for (int64_t i = 0; i < n; i += QK_SPK) {
-        const __m512i   v     = _mm512_loadu_si512(values + i);
-        const __mmask64 fires = _mm512_test_epi8_mask(v, v);
-        const __m512i   found = _mm512_maskz_compress_epi8(fires, _mm512_load_si512(NUMBERS));
-        _mm512_storeu_si512(next_active,      _mm512_add_epi16(number, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found))));
-        _mm512_storeu_si512(next_active + 32, _mm512_add_epi16(number, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1))));
-        next_active += __builtin_popcountll(fires);
-        number = _mm512_add_epi16(number, _mm512_set1_epi16(QK_SPK));
+        const __m512i v = _mm512_loadu_si512(values + i);
+        next_active += list_numbers(_mm512_test_epi8_mask(v, v), number, next_active);
+        number = _mm512_add_epi16(number, block);
         top    = _mm512_max_epu8(top, _mm512_abs_epi8(v));
     }
     int largest = SPIKE_MAX_MAGNITUDE;
@@ -198,7 +171,6 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_
     // Numbers of 16 bits first: lists of lines would take twice the stores, and most of those would straddle cache lines.
     uint16_t list[SPIKE_CHUNK_BLOCKS*QK_SPK + 2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK];
     const __m128i padding = _mm_set1_epi16((short) (zero_line >> SPIKE_LINE_SHIFT));
-    const __m512i block   = _mm512_set1_epi16(QK_SPK);
     uint16_t * next = list;
     memset(lists->count, 0, sizeof(lists->count));
     for (int m = largest; m > 0; m--) {
