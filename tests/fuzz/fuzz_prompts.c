@@ -5,7 +5,7 @@
 
 #include "spike/cpu/spike-potentials.h"
 
-enum { MAX_BLOCKS = 5, TOKENS = 8, SIZE = SPIKE_SCHEDULE_CLASSES*SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS };
+enum { MAX_BLOCKS = 5, TOKENS = 8, SIZE = SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS };
 
 static bool is_plain(const block_spk4 * row, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; b++) {
@@ -20,7 +20,7 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     const int64_t n_blocks = 1 + fuzz_byte(input) % MAX_BLOCKS, n_inputs = n_blocks*QK_SPK;
     const int64_t n_rows   = 1 + (fuzz_byte(input) % 8 == 0 ? fuzz_below(input, 3*SPIKE_TILE_ROWS) : fuzz_byte(input) % 4);
     const int64_t chunk    = 1 + fuzz_byte(input) % MAX_BLOCKS;
-    const int64_t widest   = 1 + fuzz_byte(input) % SPIKE_MAX_WIDTH;
+    const bool    half     = fuzz_byte(input) & 1;
     const bool    uniform  = fuzz_byte(input) & 1;
     block_spka * token   = allocate_unset((size_t) n_blocks*sizeof(block_spka));
     block_spk4 * weights = allocate_unset((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
@@ -37,15 +37,14 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     uint8_t        * packed   = allocate_unset(layout.size);
     spike_schedule * schedule = make_schedule(token, n_inputs, chunk);
     spike_pack_matrix(&layout, weights, packed);
-    for (int64_t tile = 0; tile < layout.n_tiles; tile += widest) {
-        const int64_t width = layout.n_tiles - tile < widest ? layout.n_tiles - tile : widest;
-        int32_t expected[SIZE] = { 0 }, found[SIZE] = { 0 }; // narrower ones fill less
-        schedule_potentials(kernels[0]->prompt, &layout, packed, tile, width, schedule, expected);
+    for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
+        int32_t expected[SIZE], found[SIZE];
+        schedule_potentials(kernels[0]->prompt, &layout, packed, tile, half, schedule, expected);
         for (int k = 1; k < n_kernels; k++) {
-            schedule_potentials(kernels[k]->prompt, &layout, packed, tile, width, schedule, found);
+            schedule_potentials(kernels[k]->prompt, &layout, packed, tile, half, schedule, found);
             fuzz_require(memcmp(found, expected, sizeof(found)) == 0, "every kernel gives the integers of plain C");
         }
-        for (int64_t i = 0; i < width*SPIKE_TILE_ROWS && tile*SPIKE_TILE_ROWS + i < n_rows; i++) {
+        for (int64_t i = 0; i < (half ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS) && tile*SPIKE_TILE_ROWS + i < n_rows; i++) {
             const block_spk4 * row = weights + (tile*SPIKE_TILE_ROWS + i)*n_blocks;
             if (!is_plain(row, n_blocks)) {
                 continue;
@@ -58,7 +57,7 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
                 const int32_t true_sum = (int32_t) ((uint32_t) expected[i] - (uint32_t) (fine_sum + unit*coarse_sum));
                 fuzz_require(fine + unit*coarse == true_sum, "merged potentials are those of the dot product");
             } else {
-                fuzz_require(fine == expected[i] - fine_sum && coarse == expected[width*SPIKE_TILE_ROWS + i] - coarse_sum,
+                fuzz_require(fine == expected[i] - fine_sum && coarse == expected[SPIKE_TILE_ROWS + i] - coarse_sum,
                              "potentials are those of the dot product");
             }
         }
@@ -100,7 +99,7 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
         for (int64_t t0 = 0; t0 < SPIKE_TOKEN_LINE; t0 += TOKENS) {
             kernel->transpose_values(fine, coarse, shift, n, lines + t0);
         }
-        kernel->add_salient_lines(salients, lines, n_blocks, SPIKE_TILE_ROWS, potential);
+        kernel->add_salient_lines(salients, SPIKE_TILE_ROWS, lines, n_blocks, SPIKE_TILE_ROWS, potential);
         if (k == 0) {
             memcpy(expected_lines, lines, n_values*sizeof(int16_t));
             memcpy(expected, potential, n_potentials*sizeof(int32_t));

@@ -135,20 +135,19 @@ static inline spike_schedule * make_schedule(const block_spka * token, int64_t n
     return schedule;
 }
 
-// Potentials of neighbouring tiles with codes counted from 8 and without salient weights: [class][tile][row].
+// Potentials of a tile, or of its first half, with codes counted from 8 and without salient weights: [class][row].
 static inline void schedule_potentials(const spike_prompt_kernels * with, const spike_layout * layout, const uint8_t * packed,
-                                       int64_t tile, int64_t width, const spike_schedule * schedule, int32_t * potential) {
-    const int64_t rows = width*SPIKE_TILE_ROWS;
+                                       int64_t tile, bool half, const spike_schedule * schedule, int32_t * potential) {
     const spike_tile_lines from = spike_lines_of_tile(layout, packed, tile);
-    memset(potential, 0, (size_t) (SPIKE_SCHEDULE_CLASSES*rows)*sizeof(int32_t));
+    memset(potential, 0, SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
     for (int64_t c = 0; c < schedule->n_chunks; c++) {
         const int64_t first = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c);
         const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
-        uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*width*SPIKE_LINE_BYTES));
-        with->copy_lines(from.first + (size_t) first*from.stride, from.stride, width, n, lines);
+        uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*SPIKE_LINE_BYTES));
+        (half ? with->copy_half : with->copy_lines)(from.first + (size_t) first*from.stride, from.stride, n, lines);
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            with->integrate_schedule(lines, width, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule),
-                                     potential + k*rows);
+            (half ? with->integrate_half : with->integrate_schedule)(lines, spike_schedule_program_of(schedule, k, c),
+                                                                     spike_schedule_spikes(schedule), potential + k*SPIKE_TILE_ROWS);
         }
         free(lines);
     }

@@ -3,61 +3,73 @@
 
 #include <string.h>
 
-static void copy_lines(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to) {
-    const size_t bytes = (size_t) 1 << spike_line_shift(width);
-    for (const uint8_t * end = to + (n << (spike_line_shift(width) + 1)); to < end;) {
-        memcpy(to, from, bytes);
-        for (size_t j = 0; j < bytes; j++) {
-            to[bytes + j] = (uint8_t) ~from[j];
+// Lines without the bits that are not in the mask.
+static void copy_masked(const uint8_t * from, size_t stride, int64_t n, uint8_t mask, uint8_t * to) {
+    for (int64_t i = 0; i < n; i++) {
+        for (int j = 0; j < SPIKE_LINE_BYTES; j++) {
+            to[j] = from[j] & mask;
+            to[SPIKE_LINE_BYTES + j] = (uint8_t) ~from[j] & mask;
         }
         from += stride;
-        to   += 2*bytes;
+        to   += 2*SPIKE_LINE_BYTES;
     }
-    memset(to, 0, bytes);
+    memset(to, 0, SPIKE_LINE_BYTES);
 }
 
-// Half a tile to the 32-bit potentials, which wrap like unsigned ones until all programs have run.
-static void spill(int32_t * sum, const spike_schedule_step * step, int32_t * potential) {
-    for (int j = 0; j < SPIKE_LINE_BYTES; j++) {
-        potential[j] = (int32_t) ((uint32_t) potential[j] + ((uint32_t) (sum[j] - step->correction) << step->shift));
-        sum[j] = 0;
+static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, 0xFF, to);
+}
+
+static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, 0x0F, to);
+}
+
+// To the 32-bit potentials, which wrap like unsigned ones until all programs have run.
+static void spill(int32_t * sum, int n_rows, const spike_schedule_step * step, int32_t * potential) {
+    for (int r = 0; r < n_rows; r++) {
+        potential[r] = (int32_t) ((uint32_t) potential[r] + ((uint32_t) (sum[r] - step->correction) << step->shift));
+        sum[r] = 0;
     }
 }
 
 // A spike at a step stays in the current for the steps to come, so that its weight enters the potential as many times as
 // its magnitude says (Abel summation).
-static void integrate_schedule(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t * potential) {
-    enum { MAX_ROWS = SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS };
-    const int64_t bytes = (int64_t) 1 << spike_line_shift(width);
-    int32_t current[MAX_ROWS] = { 0 }, sum[MAX_ROWS] = { 0 }; // bytes of low nibbles, then of high ones
+static void run_schedule(const uint8_t * lines, int n_rows, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    int32_t current[SPIKE_TILE_ROWS] = { 0 }, sum[SPIKE_TILE_ROWS] = { 0 };
     spikes += program->first;
     for (uint32_t s = 0; s < program->n_steps; s++) {
         const spike_schedule_step * step = &program->steps[s];
         for (int e = 0; e < step->n_spikes; e++) {
-            const uint8_t * line = lines + ((size_t) spikes[e] << spike_line_shift(width));
-            for (int64_t j = 0; j < bytes; j++) {
-                current[j] += line[j] & 15;
+            const uint8_t * line = spike_schedule_line(lines, spikes[e]);
+            for (int r = 0; r < SPIKE_HALF_TILE; r++) {
+                current[r] += line[r] & 15;
             }
-            for (int64_t j = 0; j < bytes; j++) {
-                current[bytes + j] += line[j] >> 4;
+            for (int r = SPIKE_HALF_TILE; r < n_rows; r++) {
+                current[r] += line[r - SPIKE_HALF_TILE] >> 4;
             }
         }
         spikes += step->n_spikes;
-        for (int64_t j = 0; j < 2*bytes; j++) {
-            sum[j] += current[j];
+        for (int r = 0; r < n_rows; r++) {
+            sum[r] += current[r];
         }
         if (step->action == SPIKE_DOUBLE) {
-            for (int64_t j = 0; j < 2*bytes; j++) {
-                sum[j] += sum[j];
+            for (int r = 0; r < n_rows; r++) {
+                sum[r] += sum[r];
             }
         } else if (step->action == SPIKE_SPILL) {
-            for (int64_t tile = 0; tile < width; tile++) {
-                spill(sum + tile*SPIKE_LINE_BYTES, step, potential + tile*SPIKE_TILE_ROWS);
-                spill(sum + bytes + tile*SPIKE_LINE_BYTES, step, potential + tile*SPIKE_TILE_ROWS + SPIKE_LINE_BYTES);
-            }
+            spill(sum, n_rows, step, potential);
         }
     }
+}
+
+static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]) {
+    run_schedule(lines, SPIKE_TILE_ROWS, program, spikes, potential);
+}
+
+static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                           int32_t potential[SPIKE_HALF_TILE]) {
+    run_schedule(lines, SPIKE_HALF_TILE, program, spikes, potential);
 }
 
 static void transpose_values(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines) {
@@ -69,8 +81,8 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
     }
 }
 
-static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+    for (int64_t r = 0; r < n_rows; r++) {
         int16_t sum[SPIKE_TOKEN_LINE] = { 0 };
         for (int64_t b = 0; b < n_blocks; b++) {
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
@@ -107,12 +119,12 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
     uint32_t count = 0;
     for (int64_t i = 0; i < n; i++) {
-        list[count] = (uint16_t) (i/QK_SPK*2*QK_SPK + line_in_block[i]);
+        list[count] = (uint16_t) (SPIKE_SCHEDULE_SCALE*(i/QK_SPK*2*QK_SPK + line_in_block[i]));
         count += key[i] == wanted;
     }
     return count;
 }
 
 const spike_prompt_kernels spike_prompt_kernels_plain_c = {
-    1, copy_lines, integrate_schedule, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

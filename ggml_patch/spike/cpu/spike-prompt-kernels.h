@@ -8,24 +8,22 @@ extern "C" {
 #endif
 
 #define SPIKE_TOKEN_LINE 64 // tokens whose values for one input lie side by side
-#define SPIKE_MAX_WIDTH  2  // tiles whose lines lie side by side
-
-// Bytes of the lines that lie side by side, as a power of two.
-static inline int spike_line_shift(int64_t width) {
-    return SPIKE_LINE_SHIFT + (width == 2);
-}
+#define SPIKE_HALF_TILE  64 // rows: those of the low nibbles
 
 typedef struct {
-    // Tiles that it is fastest to integrate together.
-    int64_t width;
+    // Copies the lines of n inputs of a tile, the complement of each behind it, and a line of zeros: to[line][64].
+    void (*copy_lines)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
 
-    // Copies the lines of n inputs and `width` neighbouring tiles of a strip, the complement of each behind it, and a line
-    // of zeros: to[line][tile][64].
-    void (*copy_lines)(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to);
+    // The same of a tile that has no rows in its high nibbles: only the low ones, and their complements, 15 - code.
+    void (*copy_half)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
 
-    // Runs a program over such lines: potential[tile][row] += sum over spikes of (code - 8) * signed magnitude.
-    void (*integrate_schedule)(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t * potential);
+    // Runs a program over such lines: potential[row] += sum over spikes of (code - 8) * signed magnitude.
+    void (*integrate_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]);
+
+    // Over lines of copy_half: half of the work.
+    void (*integrate_half)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                           int32_t potential[SPIKE_HALF_TILE]);
 
     // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
     int64_t tokens_for_lines;
@@ -36,15 +34,16 @@ typedef struct {
 
     // Salient weights of a tile for a line of tokens: they reach 16 codes further, up or down, so that their inputs enter the
     // potential 16 times more. potential[token*stride + row] += 16 * sum over extended weights of +-value.
-    // salients: [block][slot][row]; values: [input][token]; sums fit 16 bits.
-    void (*add_salient_lines)(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride,
+    // salients: [block][slot][row]; values: [input][token]; sums fit 16 bits. n_rows: of a tile or half of one.
+    void (*add_salient_lines)(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride,
                               int32_t * potential);
 
     // The lines whose key is the wanted one, in order. Returns how many; up to SPIKE_SCHEDULE_SLACK more places of the list
     // are overwritten. n is a multiple of 64.
     uint32_t (*gather_lines)(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list);
 
-    // The same for the lines of all inputs of a chunk: input i has line i/64*128 + line_in_block[i].
+    // The same for the lines of all inputs of a chunk: input i has line i/64*128 + line_in_block[i]. The list is to hold them
+    // times SPIKE_SCHEDULE_SCALE.
     uint32_t (*gather_inputs)(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list);
 } spike_prompt_kernels;
 

@@ -15,8 +15,7 @@ namespace {
 
 constexpr int64_t MOST_TOKENS = 128; // that share a copy of a tile's lines
 constexpr int64_t WELL_BALANCED = 8; // units of work per thread
-constexpr int64_t MAX_ROWS    = SPIKE_MAX_WIDTH*SPIKE_TILE_ROWS;
-constexpr int64_t TOKEN_STRIDE = MAX_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
+constexpr int64_t TOKEN_STRIDE = SPIKE_TILE_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
 constexpr int32_t LARGEST_IN_LINES = 16 << 8; // merged values beyond it are added token by token
 
 // The tokens that a unit of work serves.
@@ -28,9 +27,9 @@ struct token_block {
 
 // What a thread keeps while it serves a block of tokens.
 struct prompt_scratch {
-    int32_t * potential; // [token][tile][row]
+    int32_t * potential; // [token][row], of one tile
     int16_t * values;    // [input][token], merged, of routed tokens
-    uint8_t * lines;     // [line][tile][64], of one chunk
+    uint8_t * lines;     // [line][64], of one chunk
     size_t    size;
 
     // what values belong to
@@ -40,22 +39,13 @@ struct prompt_scratch {
         scratch_arrays arrays(memory);
         arrays.take(potential, MOST_TOKENS*TOKEN_STRIDE);
         arrays.take(values, n_inputs*SPIKE_TOKEN_LINE);
-        arrays.take(lines, spike_schedule_lines(std::min<int64_t>(n_inputs, PROMPT_CHUNK_BLOCKS*QK_SPK))*SPIKE_MAX_WIDTH*SPIKE_LINE_BYTES);
+        arrays.take(lines, spike_schedule_lines(std::min<int64_t>(n_inputs, PROMPT_CHUNK_BLOCKS*QK_SPK))*SPIKE_LINE_BYTES);
         size = arrays.size();
     }
 };
 
 bool goes_in_lines(const spike_schedule * schedule) {
     return schedule->largest <= LARGEST_IN_LINES;
-}
-
-// As many blocks at a time as 16-bit sums hold.
-void add_salient_by_lines(const uint8_t * salients, const spike_layout & layout, const int16_t * values, int32_t largest, int32_t * potential) {
-    const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*largest);
-    for (int64_t b = 0; b < layout.n_blocks; b += most) {
-        spike_select_kernels()->prompt->add_salient_lines(salients + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, values + b*QK_SPK*SPIKE_TOKEN_LINE,
-                                                          std::min(most, layout.n_blocks - b), TOKEN_STRIDE, potential);
-    }
 }
 
 // Potentials wrap like unsigned numbers on their way to a result that fits 32 bits.
@@ -80,15 +70,29 @@ void add_salient_of_merged(const uint8_t * salients, const spike_layout & layout
     }
 }
 
-// Neighbouring tiles of a strip, and the tokens that they serve.
-struct tile_group {
+// A tile of a matrix.
+struct matrix_tile {
     const spike_layout & layout;
     const uint8_t *      packed;
-    int64_t              first;
-    int64_t              width;
+    int64_t              index;
 
-    const uint8_t * salients(int64_t tile) const { return spike_salients_of_tile(&layout, packed, first + tile, 0, 0); }
+    int64_t first_row() const { return index*SPIKE_TILE_ROWS; }
+    int64_t n_rows() const { return std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - first_row()); }
+    bool    is_half() const { return n_rows() <= SPIKE_HALF_TILE; }
+
+    spike_tile_lines lines() const { return spike_lines_of_tile(&layout, packed, index); }
+    const uint8_t *  salients() const { return spike_salients_of_tile(&layout, packed, index, 0, 0); }
 };
+
+// As many blocks at a time as 16-bit sums hold.
+void add_salient_by_lines(const matrix_tile & tile, const int16_t * values, int32_t largest, int32_t * potential) {
+    const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*largest);
+    for (int64_t b = 0; b < tile.layout.n_blocks; b += most) {
+        spike_select_kernels()->prompt->add_salient_lines(tile.salients() + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS,
+                                                          tile.is_half() ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS, values + b*QK_SPK*SPIKE_TOKEN_LINE,
+                                                          std::min(most, tile.layout.n_blocks - b), TOKEN_STRIDE, potential);
+    }
+}
 
 // Thresholds and zero-points of a tile. Kernels count every code from 8; the row's own zero-point makes up for the difference.
 struct row_settings {
@@ -96,10 +100,8 @@ struct row_settings {
     float   threshold[SPIKE_TILE_ROWS];
     int32_t offset[SPIKE_TILE_ROWS];
 
-    row_settings(const tile_group & group, int64_t tile) {
-        const int64_t    row0    = (group.first + tile)*SPIKE_TILE_ROWS;
-        const uint16_t * headers = spike_headers(&group.layout, group.packed) + row0;
-        n_rows = std::min<int64_t>(SPIKE_TILE_ROWS, group.layout.n_rows - row0);
+    explicit row_settings(const matrix_tile & tile) : n_rows(tile.n_rows()) {
+        const uint16_t * headers = spike_headers(&tile.layout, tile.packed) + tile.first_row();
         for (int64_t r = 0; r < n_rows; r++) {
             threshold[r] = spike_threshold_from_header(headers[r]);
             offset[r]    = (headers[r] & SPK4_ZERO_POINT) - 8;
@@ -129,145 +131,128 @@ void prefetch_program(const spike_schedule * schedule, int64_t chunk) {
 // prefetcher would see.
 class next_lines {
   public:
-    // The lines of a chunk of a group; none if the group is beyond the matrix.
-    next_lines(const tile_group & group, int64_t n_chunks, int64_t chunk) {
-        if (group.first < group.layout.n_tiles) {
-            const int64_t first = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk);
-            lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
+    // The lines of a chunk of a tile; none if the tile is beyond the matrix.
+    next_lines(const matrix_tile & tile, int64_t n_chunks, int64_t chunk) {
+        if (tile.index < tile.layout.n_tiles) {
+            const int64_t first = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
+            lines = tile.lines();
             lines.first += (size_t) first*lines.stride;
-            n     = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk + 1) - first;
-            width = group.width;
+            n = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - first;
         }
     }
 
     // As much as is due when such a share of the tokens is done.
     void bring(int64_t done, int64_t of) {
         for (; next < n*done/of; next++) {
-            for (int64_t w = 0; w < width; w++) {
 #if defined(__GNUC__)
-                __builtin_prefetch(lines.first + (size_t) next*lines.stride + w*SPIKE_LINE_BYTES, 0, 2);
+            __builtin_prefetch(lines.first + (size_t) next*lines.stride, 0, 2);
 #endif
-            }
         }
     }
 
   private:
     spike_tile_lines lines = { nullptr, 0 };
-    int64_t          n = 0, next = 0, width = 0;
+    int64_t          n = 0, next = 0;
 };
 
-// after: the group that this thread will probably come to next.
-void integrate_chunk(const tile_group & group, const tile_group & after, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
+// The lines of a chunk, copied together: so they do not fight for the same cache sets. Returns the kernel that runs over them.
+auto copy_chunk(const matrix_tile & tile, int64_t n_chunks, int64_t chunk, uint8_t * to) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
-    const spike_tile_lines lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
-    const int64_t n_chunks = tokens.schedules[0]->n_chunks;
-    const int64_t first = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk);
-    const int64_t n     = spike_chunk_start(group.layout.n_inputs, n_chunks, chunk + 1) - first;
-    // side by side, the lines of a tile do not fight for the same cache sets
-    kernels->copy_lines(lines.first + (size_t) first*lines.stride, lines.stride, group.width, n, s.lines);
-    next_lines coming = chunk + 1 < n_chunks ? next_lines(group, n_chunks, chunk + 1) : next_lines(after, n_chunks, 0);
+    const spike_tile_lines lines = tile.lines();
+    const int64_t first = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
+    const int64_t n     = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - first;
+    const auto    copy  = tile.is_half() ? kernels->copy_half : kernels->copy_lines;
+    copy(lines.first + (size_t) first*lines.stride, lines.stride, n, to);
+    return tile.is_half() ? kernels->integrate_half : kernels->integrate_schedule;
+}
+
+// after: the tile that this thread will probably come to next.
+void integrate_chunk(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
+    const int64_t n_chunks  = tokens.schedules[0]->n_chunks;
+    const auto    integrate = copy_chunk(tile, n_chunks, chunk, s.lines);
+    next_lines coming = chunk + 1 < n_chunks ? next_lines(tile, n_chunks, chunk + 1) : next_lines(after, n_chunks, 0);
     for (int64_t t = 0; t < tokens.n; t++) {
         coming.bring(t + 1, tokens.n);
         const spike_schedule * schedule = tokens.schedules[t];
         prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
-        kernels->integrate_schedule(s.lines, group.width, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule),
-                                    s.potential + t*TOKEN_STRIDE);
+        integrate(s.lines, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule), s.potential + t*TOKEN_STRIDE);
     }
 }
 
 // A token whose classes do not fit one integer together. Its values are so extreme that speed hardly matters.
-void compute_unmerged(const tile_group & group, const spike_schedule * schedule, float * output, prompt_scratch & s) {
-    const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
-    const spike_tile_lines lines = spike_lines_of_tile(&group.layout, group.packed, group.first);
-    const int64_t n_chunks = schedule->n_chunks;
-    int32_t potential[SPIKE_SCHEDULE_CLASSES][MAX_ROWS] = { { 0 } };
-    for (int64_t c = 0; c < n_chunks; c++) {
-        const int64_t first = spike_chunk_start(group.layout.n_inputs, n_chunks, c);
-        const int64_t n     = spike_chunk_start(group.layout.n_inputs, n_chunks, c + 1) - first;
-        kernels->copy_lines(lines.first + (size_t) first*lines.stride, lines.stride, group.width, n, s.lines);
+void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule, float * output, prompt_scratch & s) {
+    int32_t potential[SPIKE_SCHEDULE_CLASSES][SPIKE_TILE_ROWS] = { { 0 } };
+    for (int64_t c = 0; c < schedule->n_chunks; c++) {
+        const auto integrate = copy_chunk(tile, schedule->n_chunks, c, s.lines);
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            kernels->integrate_schedule(s.lines, group.width, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule), potential[k]);
+            integrate(s.lines, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule), potential[k]);
         }
     }
-    for (int64_t tile = 0; tile < group.width; tile++) {
-        int32_t * fine = potential[0] + tile*SPIKE_TILE_ROWS, * coarse = potential[1] + tile*SPIKE_TILE_ROWS;
-        add_salient_of_class(group.salients(tile), group.layout, schedule, 0, 0, fine);
-        add_salient_of_class(group.salients(tile), group.layout, schedule, 1, 0, coarse);
-        const row_settings rows(group, tile);
-        for (int64_t r = 0; r < rows.n_rows; r++) {
-            output[(group.first + tile)*SPIKE_TILE_ROWS + r] =
-                spike_readout(rows.threshold[r], schedule->threshold, fine[r] - rows.offset[r]*schedule->sum[0],
-                              coarse[r] - rows.offset[r]*schedule->sum[1], schedule->coarse_unit);
-        }
+    for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
+        add_salient_of_class(tile.salients(), tile.layout, schedule, k, 0, potential[k]);
+    }
+    const row_settings rows(tile);
+    for (int64_t r = 0; r < rows.n_rows; r++) {
+        output[tile.first_row() + r] = spike_readout(rows.threshold[r], schedule->threshold, potential[0][r] - rows.offset[r]*schedule->sum[0],
+                                                     potential[1][r] - rows.offset[r]*schedule->sum[1], schedule->coarse_unit);
     }
 }
 
 // A tile's share of the salient weights for up to a line of tokens, and their outputs. values: the line, or NULL if the
 // tokens are so few that each goes alone.
-void finish_tile(const tile_group & group, int64_t tile, const spike_schedule * const * schedules, float * const * outputs, int64_t n_tokens,
-                 const int16_t * values, int32_t * potential) {
+void finish_tokens(const matrix_tile & tile, const row_settings & rows, const spike_schedule * const * schedules, float * const * outputs,
+                   int64_t n_tokens, const int16_t * values, int32_t * potential) {
     if (values) {
         int32_t largest = 1;
         for (int64_t t = 0; t < n_tokens; t++) {
             largest = goes_in_lines(schedules[t]) ? std::max(largest, schedules[t]->largest) : largest;
         }
-        add_salient_by_lines(group.salients(tile), group.layout, values, largest, potential);
+        add_salient_by_lines(tile, values, largest, potential);
     }
-    const row_settings rows(group, tile);
     for (int64_t t = 0; t < n_tokens; t++) {
         int32_t * own = potential + t*TOKEN_STRIDE;
         if (schedules[t]->merged) {
             if (!values || !goes_in_lines(schedules[t])) {
-                add_salient_of_merged(group.salients(tile), group.layout, schedules[t], own);
+                add_salient_of_merged(tile.salients(), tile.layout, schedules[t], own);
             }
-            read_out_merged(rows, schedules[t], own, outputs[t] + (group.first + tile)*SPIKE_TILE_ROWS);
+            read_out_merged(rows, schedules[t], own, outputs[t] + tile.first_row());
         }
     }
 }
 
 // values: lines of the tokens, or NULL.
-void compute_tiles(const tile_group & group, const tile_group & after, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
+void compute_tile(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
     memset(s.potential, 0, (size_t) (tokens.n*TOKEN_STRIDE)*sizeof(int32_t));
     for (int64_t c = 0; c < tokens.schedules[0]->n_chunks; c++) {
-        integrate_chunk(group, after, tokens, c, s);
+        integrate_chunk(tile, after, tokens, c, s);
     }
+    const row_settings rows(tile);
     for (int64_t t = 0; t < tokens.n; t += SPIKE_TOKEN_LINE) {
-        const int16_t * own_values = values ? values + t*group.layout.n_inputs : nullptr; // a line of tokens per input
-        for (int64_t tile = 0; tile < group.width; tile++) {
-            finish_tile(group, tile, tokens.schedules + t, tokens.outputs + t, std::min<int64_t>(SPIKE_TOKEN_LINE, tokens.n - t), own_values,
-                        s.potential + t*TOKEN_STRIDE + tile*SPIKE_TILE_ROWS);
-        }
+        finish_tokens(tile, rows, tokens.schedules + t, tokens.outputs + t, std::min<int64_t>(SPIKE_TOKEN_LINE, tokens.n - t),
+                      values ? values + t*tile.layout.n_inputs : nullptr, s.potential + t*TOKEN_STRIDE); // a line of tokens per input
     }
     for (int64_t t = 0; t < tokens.n; t++) {
         if (!tokens.schedules[t]->merged) {
-            compute_unmerged(group, tokens.schedules[t], tokens.outputs[t], s);
+            compute_unmerged(tile, tokens.schedules[t], tokens.outputs[t], s);
         }
     }
 }
 
-// How the work is cut: tiles in groups of the width that the kernels like, tokens in blocks that share a copy of their lines.
-struct cut {
-    int64_t width, token_block;
-};
-
-int64_t count_units(const product & product, int64_t n_tiles, const cut & c) {
-    int64_t n = 0;
-    for (int64_t j = 0; j < product.n_jobs(); j++) {
-        n += (product.get_job(j).n_tokens + c.token_block - 1)/c.token_block;
+// How many tokens share a copy of a tile's lines: as many as leave enough units of work, a tile and a block of tokens each,
+// for all threads.
+int64_t tokens_per_unit(const product & product, int64_t n_tiles, int64_t most_tokens, int n_threads) {
+    const auto count_units = [&](int64_t n_tokens) {
+        int64_t n = 0;
+        for (int64_t j = 0; j < product.n_jobs(); j++) {
+            n += (product.get_job(j).n_tokens + n_tokens - 1)/n_tokens;
+        }
+        return n*n_tiles;
+    };
+    int64_t n_tokens = most_tokens;
+    while (n_threads > 1 && n_tokens > SPIKE_TOKEN_LINE && count_units(n_tokens) < WELL_BALANCED*n_threads) {
+        n_tokens /= 2;
     }
-    return n*((n_tiles + c.width - 1)/c.width);
-}
-
-// As large as leaves enough units for all threads.
-cut cut_work(const product & product, int64_t n_tiles, int64_t most_tokens, int n_threads) {
-    cut c = { spike_select_kernels()->prompt->width, most_tokens };
-    while (n_threads > 1 && c.token_block > SPIKE_TOKEN_LINE && count_units(product, n_tiles, c) < WELL_BALANCED*n_threads) {
-        c.token_block /= 2;
-    }
-    if (count_units(product, n_tiles, c) < n_threads) {
-        c.width = 1;
-    }
-    return c;
+    return n_tokens;
 }
 
 } // namespace
@@ -294,9 +279,9 @@ size_t prompt_scratch_size(int64_t n_inputs) {
 void compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     const bool routed = op->op == GGML_OP_MUL_MAT_ID;
-    const cut  c      = cut_work(product, layout.n_tiles, routed ? SPIKE_TOKEN_LINE : MOST_TOKENS, params->nth);
+    const int64_t per_unit = tokens_per_unit(product, layout.n_tiles, routed ? SPIKE_TOKEN_LINE : MOST_TOKENS, params->nth);
     prompt_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
-    for_each_unit(params, product, c.token_block, (layout.n_tiles + c.width - 1)/c.width, [&](int64_t j, int64_t g, int64_t t0, int64_t n_tokens) {
+    for_each_unit(params, product, per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
         token_block tokens;
         tokens.n = n_tokens;
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -315,10 +300,8 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             }
             values = scratch.values;
         }
-        const auto group_at = [&](int64_t i) -> tile_group {
-            return { layout, (const uint8_t *) product.get_job(j).matrix, i*c.width, std::min(c.width, layout.n_tiles - i*c.width) };
-        };
-        compute_tiles(group_at(g), group_at(g + params->nth), tokens, values, scratch); // threads take units in turns
+        const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
+        compute_tile({ layout, packed, i }, { layout, packed, i + params->nth }, tokens, values, scratch); // threads take units in turns
     });
 }
 

@@ -15,7 +15,7 @@ enum {
 };
 
 _Static_assert(2*MAX_CHUNK <= SPIKE_SCHEDULE_MAX_COUNTED, "all spikes of a chunk may fire in one step");
-_Static_assert(2*MAX_CHUNK + 1 <= UINT16_MAX, "lists hold lines in 16 bits");
+_Static_assert(SPIKE_SCHEDULE_SCALE*(2*MAX_CHUNK + 1) <= UINT16_MAX, "lists hold lines in 16 bits");
 
 size_t spike_schedule_size(int64_t n_inputs, int64_t n_chunks) {
     const size_t size = sizeof(spike_schedule) + (size_t) (n_chunks*SPIKE_SCHEDULE_CLASSES)*sizeof(spike_schedule_program)
@@ -69,11 +69,11 @@ static void list_rare(const int8_t * fine, const int8_t * coarse, uint16_t steps
                       const uint16_t * inputs, uint32_t n_inputs, rare_spikes * rare) {
     uint32_t n = 0, top = 0;
     for (uint32_t e = 0; e < n_inputs; e++) {
-        const uint32_t i        = inputs[e] >> 1;
+        const uint32_t i        = inputs[e]/(2*SPIKE_SCHEDULE_SCALE);
         const int      value    = fine[i] + coarse[i]; // one of them is 0
         const int      negative = -(value < 0);
         const uint32_t own      = steps[coarse[i] != 0][(value ^ negative) - negative];
-        rare->lines[n] = rare->lines[n + 1] = (uint16_t) (2*i - (uint32_t) negative);
+        rare->lines[n] = rare->lines[n + 1] = (uint16_t) (SPIKE_SCHEDULE_SCALE*(2*i - (uint32_t) negative));
         rare->steps[n]     = (uint8_t) own;
         rare->steps[n + 1] = (uint8_t) (own >> 8);
         n  += 1 + (own > UINT8_MAX);
@@ -87,7 +87,7 @@ static void list_rare(const int8_t * fine, const int8_t * coarse, uint16_t steps
 SPIKE_CLONES static uint32_t count_negative(const uint16_t * spikes, uint32_t n) {
     uint32_t negative = 0;
     for (uint32_t e = 0; e < n; e++) {
-        negative += spikes[e] & 1;
+        negative += spikes[e]/SPIKE_SCHEDULE_SCALE & 1;
     }
     return negative;
 }

@@ -26,6 +26,7 @@ extern "C" {
 #define SPIKE_SCHEDULE_UNIT    2  // lists are padded to a multiple of it, with the line of zeros
 #define SPIKE_SCHEDULE_STEPS   72 // 8, and four for each octave up to the largest magnitude, 16*2^15
 #define SPIKE_SCHEDULE_SLACK   64 // places behind the lists that a kernel may overwrite
+#define SPIKE_SCHEDULE_SCALE   8  // lists hold numbers of lines times this, so that scaled addresses find them
 
 // Kernels keep potentials in 16-bit lanes modulo 2^16, in the unit of the current octave. A code c counts c - 8 for a
 // positive spike and 8 - c for a negative one; kernels add c or 15 - c instead, which is 8 or 7 more. With P and Q counting
@@ -61,13 +62,17 @@ typedef struct {
     int32_t  n_chunks;    // set before the values; the rest is spike_schedule_build's
 } spike_schedule;
 
-// Lines of a chunk as the lists name them: line 2*i of its input i, 2*i + 1 that line's complement, and zeros at the end.
-static inline uint16_t spike_schedule_zero_line(int64_t chunk_inputs) {
-    return (uint16_t) (2*chunk_inputs);
-}
-
+// Lines of a chunk: line 2*i of its input i, 2*i + 1 that line's complement, and zeros at the end.
 static inline int64_t spike_schedule_lines(int64_t chunk_inputs) {
     return 2*chunk_inputs + 1;
+}
+
+static inline uint16_t spike_schedule_zero_line(int64_t chunk_inputs) {
+    return (uint16_t) (SPIKE_SCHEDULE_SCALE*2*chunk_inputs);
+}
+
+static inline const uint8_t * spike_schedule_line(const uint8_t * lines, uint16_t listed) {
+    return lines + (size_t) listed*(SPIKE_LINE_BYTES/SPIKE_SCHEDULE_SCALE);
 }
 
 static inline const spike_schedule_program * spike_schedule_program_of(const spike_schedule * schedule, int spike_class, int64_t chunk) {

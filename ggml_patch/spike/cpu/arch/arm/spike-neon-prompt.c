@@ -13,27 +13,39 @@ enum { VECTORS = SPIKE_LINE_BYTES/16, SPIKES_PER_BYTE_SUM = 16, ROW_VECTORS = SP
 
 #define INLINE static inline __attribute__((always_inline))
 
-static void copy_lines(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to) {
-    const int64_t bytes = (int64_t) 1 << spike_line_shift(width);
-    for (const uint8_t * end = to + (n << (spike_line_shift(width) + 1)); to < end;) {
-        for (int64_t j = 0; j < bytes; j += 16) {
-            const uint8x16_t y = vld1q_u8(from + j);
-            vst1q_u8(to + j, y);
-            vst1q_u8(to + bytes + j, vmvnq_u8(y));
+INLINE void copy_masked(const uint8_t * from, size_t stride, int64_t n, uint8x16_t mask, uint8_t * to) {
+    for (const uint8_t * end = to + n*(2*SPIKE_LINE_BYTES); to < end; to += 2*SPIKE_LINE_BYTES) {
+        for (int v = 0; v < VECTORS; v++) {
+            const uint8x16_t y = vld1q_u8(from + 16*v);
+            vst1q_u8(to + 16*v, vandq_u8(y, mask));
+            vst1q_u8(to + SPIKE_LINE_BYTES + 16*v, vbicq_u8(mask, y));
         }
         from += stride;
-        to   += 2*bytes;
     }
-    memset(to, 0, (size_t) bytes);
+    memset(to, 0, SPIKE_LINE_BYTES);
+}
+
+static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, vdupq_n_u8(0xFF), to);
+}
+
+static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, vdupq_n_u8(15), to);
 }
 
 // The compiler would reorder the chain of additions and then run out of registers.
 #define KEEP_ORDER(a, b) __asm__("" : "+w"(a), "+w"(b))
 
-// One tile.
-INLINE void run_schedule(const uint8_t * lines, int line_shift, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+INLINE void widen(uint8x16_t bytes, uint16x8_t current[2]) {
+    current[0] = vaddw_u8(current[0], vget_low_u8(bytes));
+    current[1] = vaddw_high_u8(current[1], bytes);
+}
+
+// With half known when this is compiled.
+INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    const int row_vectors = half ? ROW_VECTORS/2 : ROW_VECTORS;
     uint16x8_t current[ROW_VECTORS], sum[ROW_VECTORS]; // vector v holds rows 8*v .. 8*v + 7
-    for (int v = 0; v < ROW_VECTORS; v++) {
+    for (int v = 0; v < row_vectors; v++) {
         current[v] = sum[v] = vdupq_n_u16(0);
     }
     spikes += program->first;
@@ -48,11 +60,13 @@ INLINE void run_schedule(const uint8_t * lines, int line_shift, const spike_sche
             }
             do {
                 for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-                    const uint8_t * line = lines + ((size_t) spikes[e] << line_shift);
+                    const uint8_t * line = spike_schedule_line(lines, spikes[e]);
                     for (int v = 0; v < VECTORS; v++) {
                         const uint8x16_t y = vld1q_u8(line + 16*v);
                         both[v] = vaddq_u8(both[v], y);
-                        high[v] = vsraq_n_u8(high[v], y, 4);
+                        if (!half) {
+                            high[v] = vsraq_n_u8(high[v], y, 4);
+                        }
                         KEEP_ORDER(both[v], high[v]);
                     }
                 }
@@ -60,25 +74,25 @@ INLINE void run_schedule(const uint8_t * lines, int line_shift, const spike_sche
                 group  -= SPIKE_SCHEDULE_UNIT;
             } while (group > 0);
             for (int v = 0; v < VECTORS; v++) {
-                const uint8x16_t low = vsubq_u8(both[v], vshlq_n_u8(high[v], 4));
-                current[2*v]     = vaddw_u8(current[2*v], vget_low_u8(low));
-                current[2*v + 1] = vaddw_high_u8(current[2*v + 1], low);
-                uint16x8_t * upper = current + ROW_VECTORS/2 + 2*v;
-                upper[0] = vaddw_u8(upper[0], vget_low_u8(high[v]));
-                upper[1] = vaddw_high_u8(upper[1], high[v]);
+                if (half) {
+                    widen(both[v], current + 2*v);
+                } else {
+                    widen(vsubq_u8(both[v], vshlq_n_u8(high[v], 4)), current + 2*v);
+                    widen(high[v], current + ROW_VECTORS/2 + 2*v);
+                }
             }
         }
-        for (int v = 0; v < ROW_VECTORS; v++) {
+        for (int v = 0; v < row_vectors; v++) {
             sum[v] = vaddq_u16(sum[v], current[v]);
         }
         if (step->action == SPIKE_DOUBLE) {
-            for (int v = 0; v < ROW_VECTORS; v++) {
+            for (int v = 0; v < row_vectors; v++) {
                 sum[v] = vaddq_u16(sum[v], sum[v]);
             }
         } else if (step->action == SPIKE_SPILL) {
             const uint16x8_t correction = vdupq_n_u16(step->correction);
             const int32x4_t  shift      = vdupq_n_s32(step->shift);
-            for (int v = 0; v < ROW_VECTORS; v++) {
+            for (int v = 0; v < row_vectors; v++) {
                 const int16x8_t true_sum = vreinterpretq_s16_u16(vsubq_u16(sum[v], correction));
                 int32_t * p = potential + 8*v;
                 vst1q_s32(p,     vaddq_s32(vld1q_s32(p),     vshlq_s32(vmovl_s16(vget_low_s16(true_sum)), shift)));
@@ -89,15 +103,14 @@ INLINE void run_schedule(const uint8_t * lines, int line_shift, const spike_sche
     }
 }
 
-static void integrate_schedule(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t * potential) {
-    if (width == 1) {
-        run_schedule(lines, SPIKE_LINE_SHIFT, program, spikes, potential);
-        return;
-    }
-    for (int w = 0; w < 2; w++) {
-        run_schedule(lines + SPIKE_LINE_BYTES*w, SPIKE_LINE_SHIFT + 1, program, spikes, potential + SPIKE_TILE_ROWS*w);
-    }
+static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]) {
+    run_schedule(lines, false, program, spikes, potential);
+}
+
+static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                           int32_t potential[SPIKE_HALF_TILE]) {
+    run_schedule(lines, true, program, spikes, potential);
 }
 
 INLINE void transpose8(int16x8_t x[8]) {
@@ -143,9 +156,9 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
 static const int16_t USED[4]    = { 0, -1, -1, 0 };
 static const int16_t FLIPPED[4] = { 0, 0, -1, 0 };
 
-static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
     enum { TOKEN_VECTORS = SPIKE_TOKEN_LINE/8 };
-    for (int row = 0; row < SPIKE_TILE_ROWS; row += 8) {
+    for (int row = 0; row < n_rows; row += 8) {
         int16x8_t sums[8][TOKEN_VECTORS];
         for (int r = 0; r < 8; r++) {
             const uint8_t * salient = salients + row + r;
@@ -222,12 +235,12 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
     uint16_t * next = list;
     for (int64_t i = 0; i < n; i += 8) {
-        const uint16x8_t first = vdupq_n_u16((uint16_t) (i >> 6 << 7)); // line of the block
-        next = append(next, vaddw_u8(first, vld1_u8(line_in_block + i)), vceq_u8(vld1_u8(key + i), vdup_n_u8(wanted)));
+        const uint16x8_t first = vdupq_n_u16((uint16_t) (i >> 6 << 7)); // line of the block; times SPIKE_SCHEDULE_SCALE in the list
+        next = append(next, vshlq_n_u16(vaddw_u8(first, vld1_u8(line_in_block + i)), 3), vceq_u8(vld1_u8(key + i), vdup_n_u8(wanted)));
     }
     return (uint32_t) (next - list);
 }
 
 const spike_prompt_kernels spike_prompt_kernels_neon = {
-    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

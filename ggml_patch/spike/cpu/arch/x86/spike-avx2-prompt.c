@@ -3,67 +3,112 @@
 
 #include <string.h>
 
-// A line is two vectors of 32 bytes; each byte holds two codes. Per vector and spike:
-//   low  += y & 15       codes of rows j, in bytes (at most 16 spikes of 15)
-//   high += y >> 4       in 16-bit lanes and without a mask: what the upper byte's low nibble adds is known from low
-// After 16 spikes the sums move to 16-bit currents: even and odd rows of the low and of the high nibbles. The even
-// ones still carry the odd ones times 256, which the spill takes away again.
-
-static void copy_lines(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to) {
-    const __m256i ones = _mm256_set1_epi8(-1);
-    const int64_t bytes = (int64_t) 1 << spike_line_shift(width);
-    const uint8_t * ahead = from + (stride << 4); // lines of a strip come from afar, and no prefetcher sees their order
-    for (const uint8_t * end = to + (n << (spike_line_shift(width) + 1)); to < end;) {
-        for (int64_t j = 0; j < bytes; j += 32) {
-            _mm_prefetch((const char *) ahead + j, _MM_HINT_T0);
-            const __m256i y = _mm256_loadu_si256((const __m256i *) (from + j));
-            _mm256_storeu_si256((__m256i *) (to + j), y);
-            _mm256_storeu_si256((__m256i *) (to + bytes + j), _mm256_xor_si256(y, ones));
-        }
-        from  += stride;
-        ahead += stride;
-        to    += 2*bytes;
-    }
-    memset(to, 0, (size_t) bytes);
-}
-
-typedef struct {
-    __m256i low_even, low_odd, high_even, high_odd;
-} lanes;
-
-// The compiler would reorder the chain of additions and then run out of registers.
-#define KEEP_ORDER(a, b, c, d) __asm__("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d))
+// A line is two vectors of 32 bytes; each byte holds two codes. Per vector and spike three instructions:
+//   both  += y        whole bytes
+//   upper += y >> 4   shifted in 16-bit lanes and added in bytes: high codes, and in even bytes 16 times the low one of the next byte
+// both modulo 256. 16 spikes of 15 fit in a byte, and the lower four bits of each sum are true: those of low and of high
+// codes. They tell what the sums' upper four bits hold too much: low = both - 16*(upper % 16) and, in even bytes,
+// high = upper - 16*(both of the next byte % 16). After 16 spikes the sums move to 16-bit currents of even and odd bytes.
+// The even ones still carry the odd ones times 256, which the spill takes away again.
+enum { VECTORS = SPIKE_LINE_BYTES/32, SPIKES_PER_BYTE_SUM = 16, FULL_UNITS = SPIKES_PER_BYTE_SUM/SPIKE_SCHEDULE_UNIT };
 
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE void copy_masked(const uint8_t * from, size_t stride, int64_t n, __m256i mask, uint8_t * to) {
+    const uint8_t * ahead = from + (stride << 4); // lines of a strip come from afar, and no prefetcher sees their order
+    for (const uint8_t * end = to + n*(2*SPIKE_LINE_BYTES); to < end; to += 2*SPIKE_LINE_BYTES) {
+        _mm_prefetch((const char *) ahead, _MM_HINT_T0);
+        for (int v = 0; v < VECTORS; v++) {
+            const __m256i y = _mm256_loadu_si256((const __m256i *) from + v);
+            _mm256_storeu_si256((__m256i *) to + v, _mm256_and_si256(y, mask));
+            _mm256_storeu_si256((__m256i *) to + VECTORS + v, _mm256_andnot_si256(y, mask));
+        }
+        from  += stride;
+        ahead += stride;
+    }
+    memset(to, 0, SPIKE_LINE_BYTES);
+}
+
+static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, _mm256_set1_epi8(-1), to);
+}
+
+static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, _mm256_set1_epi8(15), to);
+}
+
+// 16-bit sums of 32 rows.
+typedef struct {
+    __m256i even, odd;
+} lanes;
+
+// Of the rows of each vector's low codes, and of its high ones.
+typedef struct {
+    lanes low[VECTORS], high[VECTORS];
+} tile_lanes;
+
+// The compiler would reorder the chain of additions and then run out of registers.
+#define KEEP_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
+
 // SPIKE_SCHEDULE_UNIT spikes to the sums in bytes.
-INLINE void add_unit(const uint8_t * lines, int line_shift, const uint16_t * spikes, __m256i low[2], __m256i high[2]) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+INLINE void add_unit(const uint8_t * lines, bool half, const uint16_t * spikes, __m256i both[VECTORS], __m256i upper[VECTORS]) {
     for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-        const uint8_t * line = lines + ((size_t) spikes[e] << line_shift);
-        const __m256i y0 = _mm256_loadu_si256((const __m256i *) line), y1 = _mm256_loadu_si256((const __m256i *) (line + 32));
-        low[0]  = _mm256_add_epi8(low[0], _mm256_and_si256(y0, nibble));
-        high[0] = _mm256_add_epi16(high[0], _mm256_srli_epi16(y0, 4));
-        low[1]  = _mm256_add_epi8(low[1], _mm256_and_si256(y1, nibble));
-        high[1] = _mm256_add_epi16(high[1], _mm256_srli_epi16(y1, 4));
-        KEEP_ORDER(low[0], high[0], low[1], high[1]);
+        const __m256i * line = (const __m256i *) spike_schedule_line(lines, spikes[e]);
+        __m256i y0 = _mm256_loadu_si256(line), y1 = _mm256_loadu_si256(line + 1);
+        __asm__("" : "+x"(y0), "+x"(y1)); // loaded once, not by each of their two uses
+        both[0] = _mm256_add_epi8(both[0], y0);
+        both[1] = _mm256_add_epi8(both[1], y1);
+        KEEP_ORDER(both[0], both[1]);
+        if (!half) {
+            upper[0] = _mm256_add_epi8(upper[0], _mm256_srli_epi16(y0, 4));
+            upper[1] = _mm256_add_epi8(upper[1], _mm256_srli_epi16(y1, 4));
+            KEEP_ORDER(upper[0], upper[1]);
+        }
     }
 }
 
-INLINE void flush(__m256i low, __m256i high, lanes * current) {
-    const __m256i low_odd  = _mm256_srli_epi16(low, 8);
-    const __m256i high_own = _mm256_sub_epi16(high, _mm256_slli_epi16(low_odd, 4));
-    current->low_even  = _mm256_add_epi16(current->low_even,  low);
-    current->low_odd   = _mm256_add_epi16(current->low_odd,   low_odd);
-    current->high_even = _mm256_add_epi16(current->high_even, high_own);
-    current->high_odd  = _mm256_add_epi16(current->high_odd,  _mm256_srli_epi16(high_own, 8));
+INLINE void widen(__m256i bytes, lanes * current) {
+    current->even = _mm256_add_epi16(current->even, bytes);
+    current->odd  = _mm256_add_epi16(current->odd,  _mm256_srli_epi16(bytes, 8));
 }
 
-INLINE void grow(lanes * sum, const lanes * by) {
-    sum->low_even  = _mm256_add_epi16(sum->low_even,  by->low_even);
-    sum->low_odd   = _mm256_add_epi16(sum->low_odd,   by->low_odd);
-    sum->high_even = _mm256_add_epi16(sum->high_even, by->high_even);
-    sum->high_odd  = _mm256_add_epi16(sum->high_odd,  by->high_odd);
+// Up to 16 spikes of a step to the currents.
+INLINE void add_group(const uint8_t * lines, bool half, const uint16_t * spikes, int n_units, tile_lanes * current) {
+    __m256i both[VECTORS] = { _mm256_setzero_si256(), _mm256_setzero_si256() }, upper[VECTORS] = { both[0], both[0] };
+    if (n_units == FULL_UNITS) {
+        for (int u = 0; u < FULL_UNITS; u++) {
+            add_unit(lines, half, spikes + u*SPIKE_SCHEDULE_UNIT, both, upper);
+        }
+    } else {
+        do {
+            add_unit(lines, half, spikes, both, upper);
+            spikes += SPIKE_SCHEDULE_UNIT;
+        } while (--n_units > 0);
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        if (half) {
+            widen(both[v], &current->low[v]);
+        } else {
+            const __m256i high_spilled = _mm256_slli_epi16(_mm256_and_si256(upper[v], _mm256_set1_epi8(15)), 4);
+            const __m256i low_spilled  = _mm256_and_si256(_mm256_srli_epi16(both[v], 4), _mm256_set1_epi16(0xF0));
+            widen(_mm256_sub_epi8(both[v],  high_spilled), &current->low[v]);
+            widen(_mm256_sub_epi8(upper[v], low_spilled),  &current->high[v]);
+        }
+    }
+}
+
+INLINE void grow_lanes(lanes * sum, const lanes * by) {
+    sum->even = _mm256_add_epi16(sum->even, by->even);
+    sum->odd  = _mm256_add_epi16(sum->odd,  by->odd);
+}
+
+INLINE void grow(tile_lanes * sum, bool half, const tile_lanes * by) {
+    for (int v = 0; v < VECTORS; v++) {
+        grow_lanes(&sum->low[v], &by->low[v]);
+        if (!half) {
+            grow_lanes(&sum->high[v], &by->high[v]);
+        }
+    }
 }
 
 INLINE void accumulate8(int32_t * potential, __m128i sums, __m128i shift) {
@@ -72,72 +117,58 @@ INLINE void accumulate8(int32_t * potential, __m128i sums, __m128i shift) {
 }
 
 // 32 rows, even and odd ones apart, to 32 bits.
-INLINE void spill32(__m256i even, __m256i odd, const spike_schedule_step * step, int32_t * potential) {
+INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * potential) {
     const __m256i correction = _mm256_set1_epi16((int16_t) step->correction);
     const __m128i shift = _mm_cvtsi32_si128(step->shift);
-    const __m256i e  = _mm256_sub_epi16(_mm256_sub_epi16(even, _mm256_slli_epi16(odd, 8)), correction);
-    const __m256i o  = _mm256_sub_epi16(odd, correction);
+    const __m256i e  = _mm256_sub_epi16(_mm256_sub_epi16(sum->even, _mm256_slli_epi16(sum->odd, 8)), correction);
+    const __m256i o  = _mm256_sub_epi16(sum->odd, correction);
     const __m256i lo = _mm256_unpacklo_epi16(e, o); // rows 0-7, 16-23
     const __m256i hi = _mm256_unpackhi_epi16(e, o); // rows 8-15, 24-31
     accumulate8(potential,      _mm256_castsi256_si128(lo), shift);
     accumulate8(potential + 8,  _mm256_castsi256_si128(hi), shift);
     accumulate8(potential + 16, _mm256_extracti128_si256(lo, 1), shift);
     accumulate8(potential + 24, _mm256_extracti128_si256(hi, 1), shift);
+    sum->even = sum->odd = _mm256_setzero_si256();
 }
 
-// One tile.
-INLINE void run_schedule(const uint8_t * lines, int line_shift, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
-    enum { SPIKES_PER_BYTE_SUM = 16, FULL_UNITS = SPIKES_PER_BYTE_SUM/SPIKE_SCHEDULE_UNIT };
-    const __m256i zero = _mm256_setzero_si256();
-    const lanes silent = { zero, zero, zero, zero };
-    lanes current[2] = { silent, silent }, sum[2] = { silent, silent };
+// With half known when this is compiled.
+INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    const lanes silent = { _mm256_setzero_si256(), _mm256_setzero_si256() };
+    tile_lanes current = { { silent, silent }, { silent, silent } }, sum = current;
     spikes += program->first;
     const spike_schedule_step * step = program->steps;
     for (const spike_schedule_step * end = step + program->n_steps; step < end; step++) {
         int left = step->n_spikes;
         for (; left >= SPIKES_PER_BYTE_SUM; left -= SPIKES_PER_BYTE_SUM) {
-            __m256i low[2] = { zero, zero }, high[2] = { zero, zero };
-            for (int u = 0; u < FULL_UNITS; u++) {
-                add_unit(lines, line_shift, spikes + u*SPIKE_SCHEDULE_UNIT, low, high);
-            }
+            add_group(lines, half, spikes, FULL_UNITS, &current);
             spikes += SPIKES_PER_BYTE_SUM;
-            flush(low[0], high[0], &current[0]);
-            flush(low[1], high[1], &current[1]);
         }
         if (left > 0) {
-            __m256i low[2] = { zero, zero }, high[2] = { zero, zero };
-            do {
-                add_unit(lines, line_shift, spikes, low, high);
-                spikes += SPIKE_SCHEDULE_UNIT;
-                left   -= SPIKE_SCHEDULE_UNIT;
-            } while (left > 0);
-            flush(low[0], high[0], &current[0]);
-            flush(low[1], high[1], &current[1]);
+            add_group(lines, half, spikes, left/SPIKE_SCHEDULE_UNIT, &current);
+            spikes += left;
         }
-        grow(&sum[0], &current[0]);
-        grow(&sum[1], &current[1]);
+        grow(&sum, half, &current);
         if (step->action == SPIKE_DOUBLE) {
-            grow(&sum[0], &sum[0]);
-            grow(&sum[1], &sum[1]);
+            grow(&sum, half, &sum);
         } else if (step->action == SPIKE_SPILL) {
-            for (int h = 0; h < 2; h++) {
-                spill32(sum[h].low_even,  sum[h].low_odd,  step, potential + 32*h);
-                spill32(sum[h].high_even, sum[h].high_odd, step, potential + 32*h + 64);
-                sum[h] = silent;
+            for (int v = 0; v < VECTORS; v++) {
+                spill(&sum.low[v], step, potential + 32*v);
+                if (!half) {
+                    spill(&sum.high[v], step, potential + SPIKE_HALF_TILE + 32*v);
+                }
             }
         }
     }
 }
 
-static void integrate_schedule(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t * potential) {
-    if (width == 1) {
-        run_schedule(lines, SPIKE_LINE_SHIFT, program, spikes, potential);
-        return;
-    }
-    for (int w = 0; w < 2; w++) {
-        run_schedule(lines + SPIKE_LINE_BYTES*w, SPIKE_LINE_SHIFT + 1, program, spikes, potential + SPIKE_TILE_ROWS*w);
-    }
+static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]) {
+    run_schedule(lines, false, program, spikes, potential);
+}
+
+static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                           int32_t potential[SPIKE_HALF_TILE]) {
+    run_schedule(lines, true, program, spikes, potential);
 }
 
 // For every set of eight lanes, the shuffle that moves its 16-bit lanes together.
@@ -172,6 +203,11 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
     return (uint32_t) (next - list);
 }
 
+// By SPIKE_SCHEDULE_SCALE.
+INLINE __m128i scaled(__m128i lines) {
+    return _mm_slli_epi16(lines, 3);
+}
+
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m256i w = _mm256_set1_epi8((char) wanted);
     uint16_t * next = list;
@@ -181,7 +217,7 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
         for (int k = 0; k < 4; k++) {
             const __m128i eight = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *) (line_in_block + i + 8*k)));
             const __m128i pack  = _mm_loadu_si128((const __m128i *) PACK[found & 255]);
-            _mm_storeu_si128((__m128i *) next, _mm_add_epi16(first, _mm_shuffle_epi8(eight, pack)));
+            _mm_storeu_si128((__m128i *) next, scaled(_mm_add_epi16(first, _mm_shuffle_epi8(eight, pack))));
             next  += __builtin_popcount(found & 255);
             found >>= 8;
         }
@@ -213,5 +249,5 @@ static inline __attribute__((always_inline)) void add_slots(const uint8_t * sali
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx2 = {
-    1, copy_lines, integrate_schedule, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

@@ -1,63 +1,96 @@
-// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: two tiles side by side, 256 neurons. The arithmetic is that of spike-avx2-prompt.c.
+// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens. The arithmetic is that of spike-avx2-prompt.c; a line is one vector.
 #include "spike-token-lines.h"
 
 #include <string.h>
 
-static void copy_lines(const uint8_t * from, size_t stride, int64_t width, int64_t n, uint8_t * to) {
-    const __m512i ones = _mm512_set1_epi8(-1);
+enum { SPIKES_PER_BYTE_SUM = 16, FULL_UNITS = SPIKES_PER_BYTE_SUM/SPIKE_SCHEDULE_UNIT };
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE void copy_masked(const uint8_t * from, size_t stride, int64_t n, __m512i mask, uint8_t * to) {
     const uint8_t * ahead = from + (stride << 4) + (stride << 3); // lines of a strip come from afar, and no prefetcher sees their order
-    for (const uint8_t * end = to + (n << (spike_line_shift(width) + 1)); to < end;) {
-        for (int64_t w = 0; w < width; w++) {
-            _mm_prefetch((const char *) ahead + SPIKE_LINE_BYTES*w, _MM_HINT_T0);
-            const __m512i y = _mm512_loadu_si512(from + SPIKE_LINE_BYTES*w);
-            _mm512_storeu_si512(to + SPIKE_LINE_BYTES*w, y);
-            _mm512_storeu_si512(to + SPIKE_LINE_BYTES*(width + w), _mm512_xor_si512(y, ones));
-        }
+    for (const uint8_t * end = to + n*(2*SPIKE_LINE_BYTES); to < end; to += 2*SPIKE_LINE_BYTES) {
+        _mm_prefetch((const char *) ahead, _MM_HINT_T0);
+        const __m512i y = _mm512_loadu_si512(from);
+        _mm512_storeu_si512(to, _mm512_and_si512(y, mask));
+        _mm512_storeu_si512(to + SPIKE_LINE_BYTES, _mm512_andnot_si512(y, mask));
         from  += stride;
         ahead += stride;
-        to    += 2*SPIKE_LINE_BYTES*width;
     }
-    memset(to, 0, (size_t) (SPIKE_LINE_BYTES*width));
+    memset(to, 0, SPIKE_LINE_BYTES);
 }
 
+static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, _mm512_set1_epi8(-1), to);
+}
+
+static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    copy_masked(from, stride, n, _mm512_set1_epi8(15), to);
+}
+
+// 16-bit sums of 64 rows.
 typedef struct {
-    __m512i low_even, low_odd, high_even, high_odd;
+    __m512i even, odd;
 } lanes;
+
+typedef struct {
+    lanes low, high;
+} tile_lanes;
 
 // The compiler would reorder the chain of additions and then run out of registers.
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
 
-#define INLINE static inline __attribute__((always_inline))
-
 // SPIKE_SCHEDULE_UNIT spikes to the sums in bytes.
-INLINE void add_unit(const uint8_t * lines, int width, const uint16_t * spikes, __m512i low[SPIKE_MAX_WIDTH], __m512i high[SPIKE_MAX_WIDTH]) {
-    const __m512i nibble = _mm512_set1_epi8(15);
+INLINE void add_unit(const uint8_t * lines, bool half, const uint16_t * spikes, __m512i * both, __m512i * upper) {
     for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-        const uint8_t * line = lines + ((size_t) spikes[e] << spike_line_shift(width));
-        for (int w = 0; w < width; w++) {
-            __m512i y = _mm512_loadu_si512(line + SPIKE_LINE_BYTES*w);
-            __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
-            low[w]  = _mm512_add_epi8(low[w], _mm512_and_si512(y, nibble));
-            high[w] = _mm512_add_epi16(high[w], _mm512_srli_epi16(y, 4));
-            KEEP_ORDER(low[w], high[w]);
+        __m512i y = _mm512_loadu_si512(spike_schedule_line(lines, spikes[e]));
+        __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
+        *both = _mm512_add_epi8(*both, y);
+        if (!half) {
+            *upper = _mm512_add_epi8(*upper, _mm512_srli_epi16(y, 4));
         }
+        KEEP_ORDER(*both, *upper);
     }
 }
 
-INLINE void flush(__m512i low, __m512i high, lanes * current) {
-    const __m512i low_odd  = _mm512_srli_epi16(low, 8);
-    const __m512i high_own = _mm512_sub_epi16(high, _mm512_slli_epi16(low_odd, 4));
-    current->low_even  = _mm512_add_epi16(current->low_even,  low);
-    current->low_odd   = _mm512_add_epi16(current->low_odd,   low_odd);
-    current->high_even = _mm512_add_epi16(current->high_even, high_own);
-    current->high_odd  = _mm512_add_epi16(current->high_odd,  _mm512_srli_epi16(high_own, 8));
+INLINE void widen(__m512i bytes, lanes * current) {
+    current->even = _mm512_add_epi16(current->even, bytes);
+    current->odd  = _mm512_add_epi16(current->odd,  _mm512_srli_epi16(bytes, 8));
 }
 
-INLINE void grow(lanes * sum, const lanes * by) {
-    sum->low_even  = _mm512_add_epi16(sum->low_even,  by->low_even);
-    sum->low_odd   = _mm512_add_epi16(sum->low_odd,   by->low_odd);
-    sum->high_even = _mm512_add_epi16(sum->high_even, by->high_even);
-    sum->high_odd  = _mm512_add_epi16(sum->high_odd,  by->high_odd);
+// Up to 16 spikes of a step to the currents.
+INLINE void add_group(const uint8_t * lines, bool half, const uint16_t * spikes, int n_units, tile_lanes * current) {
+    __m512i both = _mm512_setzero_si512(), upper = both;
+    if (n_units == FULL_UNITS) {
+        for (int u = 0; u < FULL_UNITS; u++) {
+            add_unit(lines, half, spikes + u*SPIKE_SCHEDULE_UNIT, &both, &upper);
+        }
+    } else {
+        do {
+            add_unit(lines, half, spikes, &both, &upper);
+            spikes += SPIKE_SCHEDULE_UNIT;
+        } while (--n_units > 0);
+    }
+    if (half) {
+        widen(both, &current->low);
+    } else {
+        const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
+        const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
+        widen(_mm512_sub_epi8(both,  high_spilled), &current->low);
+        widen(_mm512_sub_epi8(upper, low_spilled),  &current->high);
+    }
+}
+
+INLINE void grow_lanes(lanes * sum, const lanes * by) {
+    sum->even = _mm512_add_epi16(sum->even, by->even);
+    sum->odd  = _mm512_add_epi16(sum->odd,  by->odd);
+}
+
+INLINE void grow(tile_lanes * sum, bool half, const tile_lanes * by) {
+    grow_lanes(&sum->low, &by->low);
+    if (!half) {
+        grow_lanes(&sum->high, &by->high);
+    }
 }
 
 INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift) {
@@ -65,11 +98,11 @@ INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift) {
 }
 
 // 64 rows, even and odd ones apart, to 32 bits.
-INLINE void spill64(__m512i even, __m512i odd, const spike_schedule_step * step, int32_t * potential) {
+INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * potential) {
     const __m512i correction = _mm512_set1_epi16((int16_t) step->correction);
     const __m128i shift = _mm_cvtsi32_si128(step->shift);
-    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(even, _mm512_slli_epi16(odd, 8)), correction);
-    const __m512i o = _mm512_sub_epi16(odd, correction);
+    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
+    const __m512i o = _mm512_sub_epi16(sum->odd, correction);
     const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
     const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
     const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
@@ -78,66 +111,45 @@ INLINE void spill64(__m512i even, __m512i odd, const spike_schedule_step * step,
     accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1), shift);
     accumulate16(potential + 32, _mm512_castsi512_si256(second_half), shift);
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1), shift);
+    sum->even = sum->odd = _mm512_setzero_si512();
 }
 
-// With width known when this is compiled.
-INLINE void run_schedule(const uint8_t * lines, int width, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
-    enum { SPIKES_PER_BYTE_SUM = 16, FULL_UNITS = SPIKES_PER_BYTE_SUM/SPIKE_SCHEDULE_UNIT };
-    const __m512i zero = _mm512_setzero_si512();
-    const lanes silent = { zero, zero, zero, zero };
-    lanes current[SPIKE_MAX_WIDTH], sum[SPIKE_MAX_WIDTH];
-    for (int w = 0; w < width; w++) {
-        current[w] = sum[w] = silent;
-    }
+// With half known when this is compiled.
+INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    const lanes silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    tile_lanes current = { silent, silent }, sum = current;
     spikes += program->first;
     const spike_schedule_step * step = program->steps;
     for (const spike_schedule_step * end = step + program->n_steps; step < end; step++) {
         int left = step->n_spikes;
         for (; left >= SPIKES_PER_BYTE_SUM; left -= SPIKES_PER_BYTE_SUM) {
-            __m512i low[SPIKE_MAX_WIDTH] = { zero, zero }, high[SPIKE_MAX_WIDTH] = { zero, zero };
-            for (int u = 0; u < FULL_UNITS; u++) {
-                add_unit(lines, width, spikes + u*SPIKE_SCHEDULE_UNIT, low, high);
-            }
+            add_group(lines, half, spikes, FULL_UNITS, &current);
             spikes += SPIKES_PER_BYTE_SUM;
-            for (int w = 0; w < width; w++) {
-                flush(low[w], high[w], &current[w]);
-            }
         }
         if (left > 0) {
-            __m512i low[SPIKE_MAX_WIDTH] = { zero, zero }, high[SPIKE_MAX_WIDTH] = { zero, zero };
-            do {
-                add_unit(lines, width, spikes, low, high);
-                spikes += SPIKE_SCHEDULE_UNIT;
-                left   -= SPIKE_SCHEDULE_UNIT;
-            } while (left > 0);
-            for (int w = 0; w < width; w++) {
-                flush(low[w], high[w], &current[w]);
-            }
+            add_group(lines, half, spikes, left/SPIKE_SCHEDULE_UNIT, &current);
+            spikes += left;
         }
-        for (int w = 0; w < width; w++) {
-            grow(&sum[w], &current[w]);
-        }
+        grow(&sum, half, &current);
         if (step->action == SPIKE_DOUBLE) {
-            for (int w = 0; w < width; w++) {
-                grow(&sum[w], &sum[w]);
-            }
+            grow(&sum, half, &sum);
         } else if (step->action == SPIKE_SPILL) {
-            for (int w = 0; w < width; w++) {
-                spill64(sum[w].low_even,  sum[w].low_odd,  step, potential + w*SPIKE_TILE_ROWS);
-                spill64(sum[w].high_even, sum[w].high_odd, step, potential + w*SPIKE_TILE_ROWS + 64);
-                sum[w] = silent;
+            spill(&sum.low, step, potential);
+            if (!half) {
+                spill(&sum.high, step, potential + SPIKE_HALF_TILE);
             }
         }
     }
 }
 
-static void integrate_schedule(const uint8_t * lines, int64_t width, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t * potential) {
-    if (width == 2) {
-        run_schedule(lines, 2, program, spikes, potential);
-    } else {
-        run_schedule(lines, 1, program, spikes, potential);
-    }
+static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]) {
+    run_schedule(lines, false, program, spikes, potential);
+}
+
+static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                           int32_t potential[SPIKE_HALF_TILE]) {
+    run_schedule(lines, true, program, spikes, potential);
 }
 
 // 64 tokens in two vectors: values are masked where there is no weight and complemented where one is to be subtracted, and
@@ -176,6 +188,11 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
     return (uint32_t) (next - list);
 }
 
+// By SPIKE_SCHEDULE_SCALE.
+INLINE __m512i scaled(__m512i lines) {
+    return _mm512_slli_epi16(lines, 3);
+}
+
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m512i w = _mm512_set1_epi8((char) wanted);
     const __m512i lines_per_block = _mm512_set1_epi16(2*QK_SPK);
@@ -185,9 +202,9 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
         const __mmask64 found = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(key + i), w);
         const __m512i   lines = _mm512_maskz_compress_epi8(found, _mm512_loadu_si512(line_in_block + i));
         const int       count = (int) __builtin_popcountll(found);
-        _mm512_storeu_si512(next, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines))));
+        _mm512_storeu_si512(next, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines)))));
         if (count > 32) {
-            _mm512_storeu_si512(next + 32, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1))));
+            _mm512_storeu_si512(next + 32, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1)))));
         }
         next += count;
         first = _mm512_add_epi16(first, lines_per_block);
@@ -196,5 +213,5 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    2, copy_lines, integrate_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

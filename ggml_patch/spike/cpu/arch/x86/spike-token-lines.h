@@ -65,10 +65,10 @@ static inline __attribute__((always_inline)) void add_transposed(const int16_t s
 // The weights of so many blocks of a row to its sums; the including file has it.
 static inline __attribute__((always_inline)) void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
 
-static void add_salient_lines(const uint8_t * salients, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_TILE_ROWS/2 }; // their values and the sums stay in the first-level cache
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+    enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
     _Alignas(64) int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE];
-    for (int row0 = 0; row0 < SPIKE_TILE_ROWS; row0 += NEAR_ROWS) {
+    for (int row0 = 0; row0 < n_rows; row0 += NEAR_ROWS) {
         const uint8_t * salient = salients + row0;
         const int16_t * value   = values;
         memset(sums, 0, sizeof(sums));
