@@ -15,6 +15,7 @@ from spikequant_gguf.native import load
 pytestmark = pytest.mark.usefixtures("runtime")
 
 TILE, LINE = 128, 64
+HALF_TILE, HALF_LINE = 64, 32
 PROGRAM_BYTES = 4 + 4 + 16 * 8  # spike_program
 TRAIN_BYTES = 32  # spike_train
 CLASSES = 2
@@ -40,6 +41,7 @@ class _Kernels(ctypes.Structure):
     _fields_ = [
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
+        ("integrate_half", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
         (
             "integrate_ahead",
@@ -85,35 +87,44 @@ class Train:
         self.memory = np.zeros(size + 64, np.uint8)
         start = -self.memory.ctypes.data % 64
         self.bytes = self.memory[start : start + size]
-        self.offsets_at = TRAIN_BYTES + self.chunks * CLASSES * PROGRAM_BYTES
+        self.lists_at = TRAIN_BYTES + self.chunks * CLASSES * PROGRAM_BYTES
         self.max_spikes = self.n_inputs + self.chunks * CLASSES * 2 * 16 * 3 + LIST_SLACK
         self.bytes[TRAIN_BYTES - 4 : TRAIN_BYTES].view(np.int32)[0] = self.chunks
-        values = self.bytes[self.offsets_at + 4 * self.max_spikes :][: 2 * self.n_inputs].view(np.int8)
+        values = self.bytes[self.lists_at + 2 * self.max_spikes :][: 2 * self.n_inputs].view(np.int8)
         values[: self.n_inputs], values[self.n_inputs :] = self.fine, self.coarse
         cpu.spike_train_build(activations.ctypes.data, self.n_inputs, self.bytes.ctypes.data)
 
     def potentials(self, name: str, codes: np.ndarray, ahead: bool = False) -> np.ndarray:
-        """int32[2, 128] of codes uint8[128, n_inputs]: fine and coarse, each code counted from 8.
+        """int32[2, rows] of codes uint8[rows, n_inputs], rows of a tile or half of one: fine and coarse, each
+        code counted from 8.
 
         With `ahead`, by the kernel that prefetches.
         """
-        lines = np.zeros((self.n_inputs + 1, LINE), np.uint8)
-        lines[:-1] = (codes[:LINE] | codes[LINE:] << 4).T
-        result = np.zeros((CLASSES, TILE), np.int32)
+        half = len(codes) == HALF_TILE
+        line = HALF_LINE if half else LINE
+        lines = np.zeros((self.n_inputs + 1, line), np.uint8)
+        lines[:-1] = (codes[:line] | codes[line:] << 4).T
+        lists = self.bytes[self.lists_at :][: 2 * self.max_spikes].view(np.uint16)
+        offsets = lists.astype(np.uint32) * line
+        result = np.zeros((CLASSES, len(codes)), np.int32)
         base = self.bytes.ctypes.data
         for chunk in range(self.chunks):
             for k in range(CLASSES):
                 program = base + TRAIN_BYTES + (chunk * CLASSES + k) * PROGRAM_BYTES
-                arguments = lines.ctypes.data, program, base + self.offsets_at, result[k].ctypes.data
-                if ahead:
-                    runs = np.full(AHEAD_AGAIN + self.max_spikes, lines.ctypes.data, np.uint64)
-                    requests = _Ahead(
-                        runs.ctypes.data, LINE, 2 * LINE * (chunk % 2), AHEAD_AGAIN << AHEAD_SHIFT, 3 << 14
+                arguments = program, offsets.ctypes.data, result[k].ctypes.data
+                runs = np.full(AHEAD_AGAIN + self.max_spikes, lines.ctypes.data, np.uint64)
+                requests = _Ahead(
+                    runs.ctypes.data, LINE, 2 * LINE * (chunk % 2), AHEAD_AGAIN << AHEAD_SHIFT, 3 << 14
+                )
+                where = lines.ctypes.data
+                if half:
+                    kernels(name).integrate_half(
+                        where, *arguments, ctypes.addressof(requests) if ahead else None
                     )
-                    where, *rest = arguments
-                    kernels(name).integrate_ahead(where, 1, *rest, 0, ctypes.byref(requests))
+                elif ahead:
+                    kernels(name).integrate_ahead(where, 1, *arguments, 0, ctypes.addressof(requests))
                 else:
-                    kernels(name).integrate(*arguments)
+                    kernels(name).integrate(where, *arguments)
         return result
 
     def expected(self, codes: np.ndarray) -> np.ndarray:
@@ -167,7 +178,8 @@ def test_adversarial_trains(name, pattern, n_inputs, extreme):
     codes[5], codes[70] = 0, 15  # the extremes side by side in one byte
     for coarse in (None, values != 0):
         train = Train(spka(values, coarse))
-        assert np.array_equal(train.potentials(name, codes), train.expected(codes))
+        for rows in (codes, codes[:HALF_TILE], codes[HALF_TILE:]):
+            assert np.array_equal(train.potentials(name, rows), train.expected(rows))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -179,7 +191,7 @@ def test_random_trains(name):
         spread = rng.choice([0.3, 1.0, 3.0, 8.0, 30.0])
         values = np.clip(np.rint(rng.standard_normal(n_inputs) * spread), -16, 15).astype(int)
         coarse = (rng.random(n_inputs) < rng.choice([0, 0.02, 0.3])) & (values != 0)
-        codes = rng.integers(0, 16, (TILE, n_inputs), np.uint8)
+        codes = rng.integers(0, 16, (rng.choice([TILE, HALF_TILE]), n_inputs), np.uint8)
         train = Train(spka(values, coarse), int(rng.integers(1, 64)))
         ahead = bool(kernels(name).integrate_ahead) and rng.random() < 0.5
         assert np.array_equal(train.potentials(name, codes, ahead), train.expected(codes))

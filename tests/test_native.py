@@ -33,7 +33,10 @@ OBJECTS = {"plain-c": "spike-plain", "avx2": "spike-avx2", "avx512": "spike-avx5
 LEAST_PRODUCTS = 500
 PROMPT_SUBJECTS = {"prompts", "salients", "transpositions", "lists"}
 # by the end of the file's name, the functions that accumulate
-ACCUMULATING = {"": {"integrate", "add_salient"}, "-prompt": {"integrate_schedule", "integrate_half", "add_salient_lines"}}
+ACCUMULATING = {
+    "": {"integrate", "integrate_half", "add_salient"},
+    "-prompt": {"integrate_schedule", "integrate_half_schedule", "add_salient_lines"},
+}
 ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
 
 

@@ -102,15 +102,8 @@ static inline int32_t magnitude_bits(float x) {
     return u & 0x7FFFFFFF;
 }
 
-// A function that each of its callers compiles for its own instruction set.
-#if defined(__GNUC__)
-#    define INLINE_ALWAYS __attribute__((always_inline))
-#else
-#    define INLINE_ALWAYS
-#endif
-
 // v: the token, rotated if that is wanted.
-static inline INLINE_ALWAYS spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
+SPIKE_INLINE spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
     spike_magnitudes found = { 0, 0, 0.0f };
     memcpy(v, x, (size_t) n*sizeof(float));
     for (int64_t i = 0; i < n; i++) {
@@ -130,7 +123,7 @@ static inline INLINE_ALWAYS spike_magnitudes rotate_token(const float * x, float
 
 // The bits of the median of the magnitudes of v. All but a few are first told apart by bounds around the likely median; any
 // bounds give the same result, only not as fast. keys: room for n.
-static inline INLINE_ALWAYS int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
+SPIKE_INLINE int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
     const int64_t rank = n/2;
     for (int64_t i = 0; i < n; i++) {
         keys[i] = magnitude_bits(v[i]);
@@ -190,7 +183,7 @@ static float quiet_nan(void) {
 }
 
 // Without pack, of the blocks only the first one's header is written.
-static inline INLINE_ALWAYS void encode(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
+SPIKE_INLINE void encode(const float * x, block_spka * y, int64_t n, const spike_encoder_params * params, float * scratch,
                                         int8_t * values, bool pack) {
     const int64_t n_blocks = n/QK_SPK;
     float   * v    = scratch;

@@ -20,6 +20,13 @@ GGML_API int          spikequant_abi(void);      // changes with any incompatibl
 GGML_API const char * spikequant_pin(void);      // llama-cpp-python release that the patch was applied to
 GGML_API const char * spikequant_patch_id(void); // hash of pin, patch series and sources
 
+// A function that each of its callers compiles for its own instruction set and arguments.
+#if defined(__GNUC__)
+#    define SPIKE_INLINE static inline __attribute__((always_inline))
+#else
+#    define SPIKE_INLINE static inline
+#endif
+
 // Compiles a function for several instruction sets and picks one when the library loads. The clones round alike:
 // the sources are built without contraction, and no loop reorders a float sum. Not under ThreadSanitizer: the choice would
 // be made before the sanitizer has started, by code that already calls it.

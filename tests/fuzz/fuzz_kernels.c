@@ -16,7 +16,9 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
         int32_t * own = potential + k*SPIKE_TILE_ROWS;
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
-            if (kernel->integrate_ahead && (c & 1)) {
+            if (spike_is_half_tile(layout, tile)) {
+                kernel->integrate_half(lines.first, program, scaled, own, NULL);
+            } else if (kernel->integrate_ahead && (c & 1)) {
                 const uint8_t * runs[SPIKE_AHEAD_AGAIN + 1]; // always the same one
                 for (int i = 0; i <= SPIKE_AHEAD_AGAIN; i++) {
                     runs[i] = lines.first;

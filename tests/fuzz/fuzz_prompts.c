@@ -20,7 +20,6 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     const int64_t n_blocks = 1 + fuzz_byte(input) % MAX_BLOCKS, n_inputs = n_blocks*QK_SPK;
     const int64_t n_rows   = 1 + (fuzz_byte(input) % 8 == 0 ? fuzz_below(input, 3*SPIKE_TILE_ROWS) : fuzz_byte(input) % 4);
     const int64_t chunk    = 1 + fuzz_byte(input) % MAX_BLOCKS;
-    const bool    half     = fuzz_byte(input) & 1;
     const bool    uniform  = fuzz_byte(input) & 1;
     block_spka * token   = allocate_unset((size_t) n_blocks*sizeof(block_spka));
     block_spk4 * weights = allocate_unset((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
@@ -39,12 +38,12 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     spike_pack_matrix(&layout, weights, packed);
     for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
         int32_t expected[SIZE], found[SIZE];
-        schedule_potentials(kernels[0]->prompt, &layout, packed, tile, half, schedule, expected);
+        schedule_potentials(kernels[0]->prompt, &layout, packed, tile, schedule, expected);
         for (int k = 1; k < n_kernels; k++) {
-            schedule_potentials(kernels[k]->prompt, &layout, packed, tile, half, schedule, found);
+            schedule_potentials(kernels[k]->prompt, &layout, packed, tile, schedule, found);
             fuzz_require(memcmp(found, expected, sizeof(found)) == 0, "every kernel gives the integers of plain C");
         }
-        for (int64_t i = 0; i < (half ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS) && tile*SPIKE_TILE_ROWS + i < n_rows; i++) {
+        for (int64_t i = 0; i < SPIKE_TILE_ROWS && tile*SPIKE_TILE_ROWS + i < n_rows; i++) {
             const block_spk4 * row = weights + (tile*SPIKE_TILE_ROWS + i)*n_blocks;
             if (!is_plain(row, n_blocks)) {
                 continue;

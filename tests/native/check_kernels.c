@@ -26,37 +26,41 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
                             const spike_train * train, bool gathered, int32_t potential[SPIKE_CLASSES*SPIKE_TILE_ROWS]) {
     const int64_t          n_inputs = layout->n_inputs;
     const spike_tile_lines lines    = spike_lines_of_tile(layout, packed, tile);
-    const uint32_t       * offsets  = spike_train_offsets(train);
-    uint32_t * scaled = scaled_offsets(train, lines.stride);
-    uint8_t  * copied = allocate((size_t) (n_inputs + 1)*SPIKE_LINE_BYTES);
+    const bool             half     = spike_is_half_tile(layout, tile);
+    const size_t      line_bytes    = half ? SPIKE_HALF_LINE : SPIKE_LINE_BYTES;
+    uint32_t * scaled  = scaled_offsets(train, lines.stride);
+    uint32_t * offsets = scaled_offsets(train, line_bytes);
+    uint8_t  * copied  = allocate((size_t) (n_inputs + 1)*line_bytes);
     for (int64_t i = 0; i <= n_inputs; i++) {
-        memcpy(copied + i*SPIKE_LINE_BYTES, lines.first + (size_t) i*lines.stride, SPIKE_LINE_BYTES);
+        memcpy(copied + (size_t) i*line_bytes, lines.first + (size_t) i*lines.stride, line_bytes);
     }
     memset(potential, 0, SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         int32_t * own = potential + k*SPIKE_TILE_ROWS;
         for (int64_t c = 0; c < train->n_chunks; c++) {
             const spike_program * program = spike_train_program(train, k, c);
-            if (kernels->integrate_ahead && !gathered) { // a prefetch of the same lines changes nothing
-                // with the neighbours on both sides, as far as the strip has any
-                const int64_t before = tile % SPIKE_STRIP_TILES > 0, width = (int64_t) (lines.stride/SPIKE_LINE_BYTES);
-                const int64_t after  = tile % SPIKE_STRIP_TILES + 1 < width;
-                // a run for every few places, and not one more
-                const int64_t n_runs = SPIKE_AHEAD_AGAIN + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
-                const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));
-                for (int64_t i = 0; i < n_runs; i++) {
-                    runs[i] = lines.first;
-                }
-                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 1 << SPIKE_AHEAD_SHIFT };
+            const bool requests = kernels->integrate_ahead && !gathered; // a prefetch of the same lines changes nothing
+            // with the neighbours on both sides, as far as the strip has any
+            const int64_t before = !half && tile % SPIKE_STRIP_TILES > 0, after = tile + 1 < spike_end_of_strip(layout, tile);
+            // a run for every few places, and not one more
+            const int64_t n_runs = SPIKE_AHEAD_AGAIN + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
+            const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));
+            for (int64_t i = 0; i < n_runs; i++) {
+                runs[i] = lines.first;
+            }
+            spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 1 << SPIKE_AHEAD_SHIFT };
+            if (half) {
+                kernels->integrate_half(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own, requests ? &ahead : NULL);
+            } else if (requests) {
                 int32_t three[3*SPIKE_TILE_ROWS] = { 0 };
                 kernels->integrate_ahead(lines.first - before*SPIKE_LINE_BYTES, before + 1 + after, program, scaled, three, SPIKE_TILE_ROWS, &ahead);
                 for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
                     own[r] += three[before*SPIKE_TILE_ROWS + r];
                 }
-                free(runs);
             } else {
                 kernels->integrate(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own);
             }
+            free(runs);
         }
         int16_t sum[SPIKE_TILE_ROWS];
         kernels->add_salient(spike_salients_of_tile(layout, packed, tile, 0, 0), spike_train_values(train, n_inputs, k),
@@ -66,6 +70,7 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
         }
     }
     free(scaled);
+    free(offsets);
     free(copied);
 }
 
@@ -192,21 +197,21 @@ static int check_lists(const spike_kernels * kernels) {
             values[j] = (int8_t) (kind == 0 ? random_below(32) - 16 : kind == 1 ? random_below(7) - 3 : kind == 2 ? same : kind == 3 ? 0
                                                                                                 : random_below(40) ? 0 : random_below(32) - 16);
         }
-        void (* const both[2])(const int8_t *, int64_t, int64_t, uint32_t, uint32_t *, uint16_t *, spike_lists *) = { kernels->list_spikes, spike_list_spikes };
-        uint32_t  * offsets[2];
+        void (* const both[2])(const int8_t *, int64_t, int64_t, uint16_t, uint16_t *, uint16_t *, spike_lists *) = { kernels->list_spikes, spike_list_spikes };
+        uint16_t  * lines[2];
         uint16_t  * active[2];
         spike_lists lists[2];
         for (int k = 0; k < 2; k++) {
-            offsets[k] = allocate(PLACES*sizeof(uint32_t));
-            active[k]  = allocate((MOST + SPIKE_LIST_SLACK)*sizeof(uint16_t));
-            both[k](values, n, first, (uint32_t) SPIKE_MAX_TILED_INPUTS << SPIKE_LINE_SHIFT, offsets[k], active[k], &lists[k]);
+            lines[k]  = allocate(PLACES*sizeof(uint16_t));
+            active[k] = allocate((MOST + SPIKE_LIST_SLACK)*sizeof(uint16_t));
+            both[k](values, n, first, SPIKE_MAX_TILED_INPUTS, lines[k], active[k], &lists[k]);
         }
         wrong += lists[0].n_places != lists[1].n_places || lists[0].n_active != lists[1].n_active
             || memcmp(lists[0].count + 2, lists[1].count + 2, (SPIKE_BUCKETS - 2)*sizeof(uint16_t)) != 0
-            || memcmp(offsets[0], offsets[1], lists[1].n_places*sizeof(uint32_t)) != 0
+            || memcmp(lines[0], lines[1], lists[1].n_places*sizeof(uint16_t)) != 0
             || memcmp(active[0], active[1], lists[1].n_active*sizeof(uint16_t)) != 0;
         for (int k = 0; k < 2; k++) {
-            free(offsets[k]);
+            free(lines[k]);
             free(active[k]);
         }
         free(values);

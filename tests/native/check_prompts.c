@@ -57,15 +57,13 @@ static bool check_prompt(const prompt_case * c) {
         spike_schedule * schedule = make_schedule(token, c->n_inputs, c->chunk_blocks);
         n_merged += schedule->merged;
         n_apart  += !schedule->merged;
-        for (int64_t i = 0; i < 2*layout.n_tiles; i++) {
-            const int64_t tile = i/2, row0 = tile*SPIKE_TILE_ROWS;
-            const bool    half = i % 2;
-            const int64_t most = half ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS;
+        for (int64_t tile = 0; tile < layout.n_tiles; tile++) {
+            const int64_t row0 = tile*SPIKE_TILE_ROWS, left = c->n_rows - row0;
             int32_t found[SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS], expected[SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS];
-            schedule_potentials(kernels, &layout, packed, tile, half, schedule, found);
-            schedule_potentials(plain, &layout, packed, tile, half, schedule, expected);
+            schedule_potentials(kernels, &layout, packed, tile, schedule, found);
+            schedule_potentials(plain, &layout, packed, tile, schedule, expected);
             right = right && memcmp(found, expected, sizeof(found)) == 0
-                && equals_dot_product(found, weights + row0*layout.n_blocks, c->n_rows - row0 < most ? c->n_rows - row0 : most, token, schedule,
+                && equals_dot_product(found, weights + row0*layout.n_blocks, left < SPIKE_TILE_ROWS ? left : SPIKE_TILE_ROWS, token, schedule,
                                       layout.n_blocks);
         }
         free(schedule);

@@ -36,7 +36,12 @@ static void integrate_tile(const spike_kernels * kernels, const spike_train * tr
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         int32_t * own = potential + k*SPIKE_TILE_ROWS;
         for (int64_t c = 0; c < train->n_chunks; c++) {
-            kernels->integrate(lines.first, spike_train_program(train, k, c), scaled, own);
+            const spike_program * program = spike_train_program(train, k, c);
+            if (spike_is_half_tile(&layout, tile)) {
+                kernels->integrate_half(lines.first, program, scaled, own, NULL);
+            } else {
+                kernels->integrate(lines.first, program, scaled, own);
+            }
         }
         int16_t sum[SPIKE_TILE_ROWS];
         kernels->add_salient(spike_salients_of_tile(&layout, packed, tile, 0, 0), spike_train_values(train, N_INPUTS, k),

@@ -117,7 +117,7 @@ static inline spike_train * make_train(const block_spka * token, int64_t n_input
 static inline uint32_t * scaled_offsets(const spike_train * train, size_t stride) {
     uint32_t * scaled = (uint32_t *) allocate_unset(((size_t) train->n_spikes + 1)*sizeof(uint32_t));
     for (uint32_t e = 0; e < train->n_spikes; e++) {
-        scaled[e] = spike_train_offsets(train)[e]*(uint32_t) (stride/SPIKE_LINE_BYTES);
+        scaled[e] = spike_train_lines(train)[e]*(uint32_t) stride;
     }
     return scaled;
 }
@@ -135,18 +135,19 @@ static inline spike_schedule * make_schedule(const block_spka * token, int64_t n
     return schedule;
 }
 
-// Potentials of a tile, or of its first half, with codes counted from 8 and without salient weights: [class][row].
+// Potentials of a tile with codes counted from 8 and without salient weights: [class][row].
 static inline void schedule_potentials(const spike_prompt_kernels * with, const spike_layout * layout, const uint8_t * packed,
-                                       int64_t tile, bool half, const spike_schedule * schedule, int32_t * potential) {
+                                       int64_t tile, const spike_schedule * schedule, int32_t * potential) {
+    const bool half = spike_is_half_tile(layout, tile);
     const spike_tile_lines from = spike_lines_of_tile(layout, packed, tile);
     memset(potential, 0, SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
     for (int64_t c = 0; c < schedule->n_chunks; c++) {
         const int64_t first = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c);
         const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
-        uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*SPIKE_LINE_BYTES));
+        uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*(half ? SPIKE_HALF_LINE : SPIKE_LINE_BYTES)));
         (half ? with->copy_half : with->copy_lines)(from.first + (size_t) first*from.stride, from.stride, n, lines);
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            (half ? with->integrate_half : with->integrate_schedule)(lines, spike_schedule_program_of(schedule, k, c),
+            (half ? with->integrate_half_schedule : with->integrate_schedule)(lines, spike_schedule_program_of(schedule, k, c),
                                                                      spike_schedule_spikes(schedule), potential + k*SPIKE_TILE_ROWS);
         }
         free(lines);

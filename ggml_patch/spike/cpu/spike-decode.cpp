@@ -18,22 +18,28 @@ constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's 
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 4*MAX_STAGE_RUNS; // few, so that the list stays near
 constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
-// Tiles that a thread computes together: neighbours in a strip.
+// Tiles that a thread computes together: neighbours in a strip, and a matrix's half tile with the last of them.
 struct tile_group {
-    int64_t first_tile, n_tiles;
+    int64_t first_tile, n_whole;
+    bool    with_half;
+
+    int64_t n_tiles() const { return n_whole + with_half; }
+    int64_t half_tile() const { return first_tile + n_whole; }
 };
 
 // What a thread keeps while it serves one token.
 struct decode_scratch {
     int32_t *        potential; // [tile][class][row]
     uint32_t *       offsets;   // [spike], of lines in a strip
+    uint32_t *       half_offsets; // the same in half a tile
     const uint8_t ** runs;      // of lines to request
     size_t           size;
 
     decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
         scratch_arrays arrays(memory);
-        arrays.take(potential, SPIKE_STRIP_TILES*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+        arrays.take(potential, (SPIKE_STRIP_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
+        arrays.take(half_offsets, spike_max_spikes(n_inputs, n_chunks));
         arrays.take(runs, MAX_RUNS + ROW_OF_RUNS);
         size = arrays.size();
     }
@@ -62,14 +68,15 @@ void wait_for(const spike_tile_lines & lines, int64_t n_tiles, int64_t n_inputs)
 
 // The share of a matrix's tiles that a thread has.
 struct share {
-    int64_t first_tile, end_tile;
+    spike_layout layout;
+    int64_t      first_tile, end_tile;
 
     share(const spike_layout & layout, const ggml_compute_params * params) :
-        first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
+        layout(layout), first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
 
     tile_group group_at(int64_t tile) const {
-        const int64_t end_of_strip = (tile/SPIKE_STRIP_TILES + 1)*SPIKE_STRIP_TILES;
-        return { tile, std::min(end_tile, end_of_strip) - tile };
+        const int64_t end = spike_is_half_tile(&layout, tile) ? tile : std::min(end_tile, spike_end_of_strip(&layout, tile));
+        return { tile, end - tile, end < end_tile && spike_is_half_tile(&layout, end) };
     }
 };
 
@@ -78,7 +85,7 @@ struct share {
 struct next_product {
     spike_layout    layout   = {};
     const uint8_t * packed   = nullptr;
-    tile_group      group    = { 0, 0 }; // without tiles: there is none
+    tile_group      group    = { 0, 0, false }; // without tiles: there is none
     int64_t         n_inputs = 0;
 
     next_product() = default;
@@ -124,10 +131,16 @@ class request_list {
         }
     }
 
-    // The lines of some inputs; input_at(e): which one is the e-th. The last runs of an input overlap rather than reach beyond it.
-    template <typename F> void append_lines(const spike_tile_lines & lines, int64_t n_tiles, int64_t n_inputs, F input_at) {
-        const int64_t  n_runs = (n_tiles + lines_of_run - 1)/lines_of_run;
-        const int64_t  last   = std::max<int64_t>(n_tiles - lines_of_run, 0)*SPIKE_LINE_BYTES;
+    // The lines of whole tiles for some inputs; input_at(e): which one is the e-th. The last runs of an input overlap rather than
+    // reach beyond it.
+    template <typename F>
+    void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t n_inputs, F input_at) {
+        if (group.n_whole == 0) {
+            return;
+        }
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
+        const int64_t  n_runs = (group.n_whole + lines_of_run - 1)/lines_of_run;
+        const int64_t  last   = std::max<int64_t>(group.n_whole - lines_of_run, 0)*SPIKE_LINE_BYTES;
         const int64_t  n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
         const uint8_t ** list = runs + end;
         for (int64_t e = 0; e < n; e++) {
@@ -139,6 +152,13 @@ class request_list {
             list += n_runs;
         }
         end += (uint32_t) (n*n_runs);
+    }
+
+    // All lines of a half tile from one input to another: two share a cache line, and hardly ever are both silent.
+    void append_half(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t first, int64_t end) {
+        if (group.with_half) {
+            append_bytes(spike_lines_of_tile(&layout, packed, group.half_tile()).first + first*SPIKE_HALF_LINE, (end - first)*SPIKE_HALF_LINE);
+        }
     }
 
     void append_bytes(const uint8_t * first, int64_t n_bytes) {
@@ -190,12 +210,16 @@ class stage_list {
   public:
     stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, const share & own, const next_product & after,
                const uint8_t ** runs) :
-        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs, own.group_at(own.first_tile).n_tiles),
+        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs, own.group_at(own.first_tile).n_whole),
         group(own.group_at(own.first_tile)) {}
 
     void start() {
         const tile_group first = own.group_at(own.first_tile);
-        wait_for(spike_lines_of_tile(&layout, packed, first.first_tile), first.n_tiles, spike_chunk_start(layout.n_inputs, train->n_chunks, 1));
+        const int64_t    n_inputs = spike_chunk_start(layout.n_inputs, train->n_chunks, 1);
+        wait_for(spike_lines_of_tile(&layout, packed, first.first_tile), first.n_whole, n_inputs);
+        if (first.with_half) {
+            wait_for(spike_lines_of_tile(&layout, packed, first.half_tile()), 1, n_inputs);
+        }
         requests.begin_with(packed);
         append_stage();
         requests.skip();
@@ -219,20 +243,22 @@ class stage_list {
             return;
         }
         uint32_t n_active;
+        const int64_t    first  = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
         const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
-        requests.append_lines(spike_lines_of_tile(&layout, packed, group.first_tile), group.n_tiles, n_active, [&](int64_t e) { return active[e]; });
+        requests.append_lines(layout, packed, group, n_active, [&](int64_t e) { return active[e]; });
+        requests.append_half(layout, packed, group, first, spike_chunk_start(layout.n_inputs, train->n_chunks, chunk));
         if (chunk == train->n_chunks) {
             requests.append_bytes(spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0),
-                                  group.n_tiles*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
-            group = own.group_at(group.first_tile + group.n_tiles);
+                                  group.n_tiles()*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
+            group = own.group_at(group.first_tile + group.n_tiles());
             chunk = 0;
         }
     }
 
     void append_next_product() {
-        if (after.group.n_tiles > 0 && !appended_next) {
-            requests.append_lines(spike_lines_of_tile(&after.layout, after.packed, after.group.first_tile), after.group.n_tiles, after.n_inputs,
-                                  [](int64_t e) { return e; });
+        if (after.group.n_tiles() > 0 && !appended_next) {
+            requests.append_lines(after.layout, after.packed, after.group, after.n_inputs, [](int64_t e) { return e; });
+            requests.append_half(after.layout, after.packed, after.group, 0, after.n_inputs);
             appended_next = true;
         }
     }
@@ -248,8 +274,10 @@ class stage_list {
     bool                 appended_next = false;
 };
 
-void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_tile_lines & lines, int64_t n_tiles,
-                     decode_scratch & s, spike_ahead * ahead) {
+void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_layout & layout, const uint8_t * packed,
+                     const tile_group & group, decode_scratch & s, spike_ahead * ahead) {
+    constexpr int64_t STRIDE = SPIKE_CLASSES*SPIKE_TILE_ROWS;
+    const uint8_t * lines = spike_lines_of_tile(&layout, packed, group.first_tile).first;
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         const spike_program * program = spike_train_program(train, k, chunk);
         if (program->n_steps == 0) {
@@ -257,11 +285,15 @@ void integrate_chunk(const spike_kernels * kernels, const spike_train * train, i
         }
         int32_t * potential = s.potential + k*SPIKE_TILE_ROWS;
         if (ahead) {
-            kernels->integrate_ahead(lines.first, n_tiles, program, s.offsets, potential, SPIKE_CLASSES*SPIKE_TILE_ROWS, ahead);
-            continue;
+            kernels->integrate_ahead(lines, group.n_whole, program, s.offsets, potential, STRIDE, ahead);
+        } else {
+            for (int64_t t = 0; t < group.n_whole; t++) {
+                kernels->integrate(lines + t*SPIKE_LINE_BYTES, program, s.offsets, potential + t*STRIDE);
+            }
         }
-        for (int64_t t = 0; t < n_tiles; t++) {
-            kernels->integrate(lines.first + t*SPIKE_LINE_BYTES, program, s.offsets, potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+        if (group.with_half) {
+            kernels->integrate_half(spike_lines_of_tile(&layout, packed, group.half_tile()).first, program, s.half_offsets,
+                                    potential + group.n_whole*STRIDE, ahead);
         }
     }
 }
@@ -284,24 +316,27 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
     }
     size_t stride = 0;
     tile_group group;
-    for (int64_t tile0 = own.first_tile; tile0 < own.end_tile; tile0 += group.n_tiles) {
+    for (int64_t tile0 = own.first_tile; tile0 < own.end_tile; tile0 += group.n_tiles()) {
         group = own.group_at(tile0);
         const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile0);
         if (stride != lines.stride) {
             stride = lines.stride;
-            scale_offsets(train, stride, s.offsets);
+            find_offsets(train, stride, s.offsets);
         }
-        memset(s.potential, 0, (size_t) group.n_tiles*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
+        if (group.with_half) {
+            find_offsets(train, SPIKE_HALF_LINE, s.half_offsets);
+        }
+        memset(s.potential, 0, (size_t) group.n_tiles()*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
         for (int64_t c = 0; c < train->n_chunks; c++) {
             if (requests) {
-                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) group.n_tiles);
-                integrate_chunk(kernels, train, c, lines, group.n_tiles, s, &ahead);
+                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) group.n_tiles());
+                integrate_chunk(kernels, train, c, layout, packed, group, s, &ahead);
                 stages.leave(ahead);
             } else {
-                integrate_chunk(kernels, train, c, lines, group.n_tiles, s, nullptr);
+                integrate_chunk(kernels, train, c, layout, packed, group, s, nullptr);
             }
         }
-        for (int64_t t = 0; t < group.n_tiles; t++) {
+        for (int64_t t = 0; t < group.n_tiles(); t++) {
             int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
             const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
             for (int k = 0; k < SPIKE_CLASSES; k++) {

@@ -30,6 +30,10 @@ typedef struct {
     void (*integrate)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]);
 
+    // The same of half a tile, with requests as of integrate_ahead unless ahead is NULL.
+    void (*integrate_half)(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
+                           int32_t potential[SPIKE_HALF_TILE], spike_ahead * ahead);
+
     // Salient weights of a tile for one token: sum[row] = sum over extended weights of +-value.
     // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
@@ -41,7 +45,7 @@ typedef struct {
                             int32_t * potential, int64_t potential_stride, spike_ahead * ahead);
 
     // See spike_list_spikes, with the same result but for what is beyond the ends of the lists.
-    void (*list_spikes)(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+    void (*list_spikes)(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                         spike_lists * lists);
 
     const spike_prompt_kernels * prompt; // for many tokens

@@ -8,7 +8,9 @@ spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows) {
     layout.n_rows   = n_rows;
     layout.n_blocks = n_inputs/QK_SPK;
     layout.n_tiles  = (n_rows + SPIKE_TILE_ROWS - 1)/SPIKE_TILE_ROWS;
-    layout.salient_offset = (size_t) (layout.n_tiles*(n_inputs + 1))*SPIKE_LINE_BYTES;
+    const int64_t in_last = n_rows - (layout.n_tiles - 1)*SPIKE_TILE_ROWS;
+    layout.n_whole_tiles = layout.n_tiles - (in_last <= SPIKE_HALF_TILE);
+    layout.salient_offset = (size_t) (layout.n_whole_tiles*(n_inputs + 1))*SPIKE_LINE_BYTES + (size_t) ((layout.n_tiles - layout.n_whole_tiles)*(n_inputs + 2))*SPIKE_HALF_LINE;
     layout.header_offset  = layout.salient_offset
         + (size_t) (layout.n_tiles*layout.n_blocks)*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
     layout.size = layout.header_offset + (size_t) (layout.n_tiles*SPIKE_TILE_ROWS)*sizeof(uint16_t);
@@ -55,10 +57,10 @@ static inline void transpose(uint8_t square[SQUARE][SQUARE]) {
 
 #endif
 
-// The lines of a block of inputs for 128 rows: 128 times 32 bytes of codes, transposed. rows: of the tile; the others are 0.
-static void pack_lines(const block_spk4 * first_row, int64_t row_stride, int64_t n_rows, uint8_t * lines, size_t stride) {
+// The lines of a block of inputs for a tile's rows, of 32 bytes of codes each, transposed. n_rows: of the tile; the others are 0.
+static void pack_lines(const block_spk4 * first_row, int64_t row_stride, int64_t n_rows, size_t line_bytes, uint8_t * lines, size_t stride) {
     uint8_t codes[QK_SPK/2][SPIKE_TILE_ROWS]; // [byte of a block][row]
-    for (int64_t r0 = 0; r0 < SPIKE_TILE_ROWS; r0 += SQUARE) {
+    for (int64_t r0 = 0; r0 < (int64_t) (2*line_bytes); r0 += SQUARE) {
         for (int j0 = 0; j0 < QK_SPK/2; j0 += SQUARE) {
             uint8_t square[SQUARE][SQUARE];
             for (int64_t r = 0; r < SQUARE; r++) {
@@ -76,14 +78,18 @@ static void pack_lines(const block_spk4 * first_row, int64_t row_stride, int64_t
     }
     for (int j = 0; j < QK_SPK/2; j++) {
         uint8_t near_line[SPIKE_LINE_BYTES], far_line[SPIKE_LINE_BYTES];
-        for (int k = 0; k < SPIKE_LINE_BYTES; k++) {
-            const uint8_t near = codes[j][k], far = codes[j][k + SPIKE_LINE_BYTES];
+        for (size_t k = 0; k < line_bytes; k++) {
+            const uint8_t near = codes[j][k], far = codes[j][k + line_bytes];
             near_line[k] = (uint8_t) ((near & 15) | far << 4);
             far_line[k]  = (uint8_t) (near >> 4 | (far & 0xF0));
         }
-        memcpy(lines + (size_t) j*stride, near_line, SPIKE_LINE_BYTES);
-        memcpy(lines + (size_t) (j + QK_SPK/2)*stride, far_line, SPIKE_LINE_BYTES);
+        memcpy(lines + (size_t) j*stride, near_line, line_bytes);
+        memcpy(lines + (size_t) (j + QK_SPK/2)*stride, far_line, line_bytes);
     }
+}
+
+static size_t line_bytes_of(const spike_layout * layout, int64_t tile) {
+    return spike_is_half_tile(layout, tile) ? SPIKE_HALF_LINE : SPIKE_LINE_BYTES;
 }
 
 bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile) {
@@ -92,11 +98,12 @@ bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
     for (int64_t tile = first_tile; tile < end_tile; tile++) {
         const spike_tile_lines lines = spike_lines_of_tile(layout, packed, tile);
         uint8_t * first = packed + (lines.first - packed);
+        const size_t  line_bytes = line_bytes_of(layout, tile);
         const int64_t row0   = tile*SPIKE_TILE_ROWS;
         const int64_t n_rows = layout->n_rows - row0 < SPIKE_TILE_ROWS ? layout->n_rows - row0 : SPIKE_TILE_ROWS;
         for (int64_t b = 0; b < layout->n_blocks; b++) {
             const block_spk4 * column = blocks + row0*layout->n_blocks + b;
-            pack_lines(column, layout->n_blocks, n_rows, first + (size_t) (b*QK_SPK)*lines.stride, lines.stride);
+            pack_lines(column, layout->n_blocks, n_rows, line_bytes, first + (size_t) (b*QK_SPK)*lines.stride, lines.stride);
             for (int64_t r = 0; r < n_rows; r++) {
                 sound &= spike_is_sound_in_row(column + r*layout->n_blocks, blocks[(row0 + r)*layout->n_blocks].header, rotation);
             }
@@ -107,7 +114,7 @@ bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
                 }
             }
         }
-        memset(first + (size_t) layout->n_inputs*lines.stride, 0, SPIKE_LINE_BYTES);
+        memset(first + (size_t) layout->n_inputs*lines.stride, 0, SPIKE_LINE_BYTES); // what is behind a shorter line is unused
         for (int64_t r = 0; r < SPIKE_TILE_ROWS; r++) {
             const uint16_t header = r < n_rows ? blocks[(row0 + r)*layout->n_blocks].header : 0;
             memcpy(packed + layout->header_offset + (size_t) (row0 + r)*sizeof(header), &header, sizeof(header));
@@ -125,7 +132,8 @@ void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, bl
     for (int64_t r = 0; r < layout->n_rows; r++) {
         const int64_t tile  = r/SPIKE_TILE_ROWS;
         const int     row   = (int) (r % SPIKE_TILE_ROWS);
-        const int     shift = row < 64 ? 0 : 4;
+        const int     line_bytes = (int) line_bytes_of(layout, tile);
+        const int     shift = row < line_bytes ? 0 : 4;
         const spike_tile_lines lines = spike_lines_of_tile(layout, packed, tile);
         for (int64_t b = 0; b < layout->n_blocks; b++) {
             block_spk4 * y = blocks + r*layout->n_blocks + b;
@@ -133,7 +141,7 @@ void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, bl
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 y->salient[slot] = spike_salients_of_tile(layout, packed, tile, b, slot)[row];
             }
-            const uint8_t * line = lines.first + (size_t) (b*QK_SPK)*lines.stride + (row & 63);
+            const uint8_t * line = lines.first + (size_t) (b*QK_SPK)*lines.stride + row % line_bytes;
             for (int j = 0; j < QK_SPK/2; j++) {
                 const int low  = line[(size_t) j*lines.stride] >> shift & 15;
                 const int high = line[(size_t) (j + QK_SPK/2)*lines.stride] >> shift & 15;

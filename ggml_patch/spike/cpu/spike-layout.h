@@ -1,9 +1,10 @@
 // Repacked matrices: 128 neurons side by side, so that one spike adds one line of weights.
 //
 //   line    64 bytes: the codes of 128 rows for one input; low nibble row j, high nibble row j + 64
-//   tile    128 rows
+//   tile    128 rows. The last tile of a matrix, if it has no more than 64, is half a tile: lines of 32 bytes, rows j and j + 32
 //   strip   up to 16 tiles; input-major, so that the lines of one input lie together (1 KB in a full strip);
-//           one line of zeros per tile ends the strip, for lists of inputs padded to a fixed length
+//           one line of zeros per tile ends the strip, for lists of inputs padded to a fixed length.
+//           Half a tile is a strip of its own
 //   matrix  strips | salient weights [tile][block][slot][128 rows] | headers [row]
 //
 // Nothing is lost: unpacking gives the stored blocks back to the byte.
@@ -16,8 +17,9 @@ extern "C" {
 #endif
 
 #define SPIKE_TILE_ROWS   128
+#define SPIKE_HALF_TILE   64 // rows
 #define SPIKE_LINE_BYTES  64
-#define SPIKE_LINE_SHIFT  6
+#define SPIKE_HALF_LINE   32 // bytes
 #define SPIKE_STRIP_TILES 16
 
 // Salient sums are kept in 16 bits: two weights of 16 steps in every block of up to 65472 inputs.
@@ -27,7 +29,8 @@ typedef struct {
     int64_t n_inputs;
     int64_t n_rows;
     int64_t n_blocks; // n_inputs / 64
-    int64_t n_tiles;  // the last one may hold unused rows, with codes 0
+    int64_t n_tiles;  // the last one may hold unused rows, with codes 0, and may be half a tile
+    int64_t n_whole_tiles;
     size_t  salient_offset;
     size_t  header_offset;
     size_t  size; // bytes of one matrix, a multiple of 64
@@ -41,13 +44,22 @@ typedef struct {
     size_t          stride;
 } spike_tile_lines;
 
+static inline bool spike_is_half_tile(const spike_layout * layout, int64_t tile) {
+    return tile >= layout->n_whole_tiles;
+}
+
+// The first tile behind a tile's strip.
+static inline int64_t spike_end_of_strip(const spike_layout * layout, int64_t tile) {
+    const int64_t end = (tile/SPIKE_STRIP_TILES + 1)*SPIKE_STRIP_TILES;
+    return spike_is_half_tile(layout, tile) ? layout->n_tiles : end < layout->n_whole_tiles ? end : layout->n_whole_tiles;
+}
+
 static inline spike_tile_lines spike_lines_of_tile(const spike_layout * layout, const uint8_t * packed, int64_t tile) {
-    const int64_t strip      = tile / SPIKE_STRIP_TILES;
-    const int64_t first_tile = strip * SPIKE_STRIP_TILES;
-    const int64_t remaining  = layout->n_tiles - first_tile;
-    const int64_t width      = remaining < SPIKE_STRIP_TILES ? remaining : SPIKE_STRIP_TILES;
+    const bool    half       = spike_is_half_tile(layout, tile);
+    const int64_t first_tile = half ? tile : tile/SPIKE_STRIP_TILES*SPIKE_STRIP_TILES;
+    const int64_t width      = spike_end_of_strip(layout, tile) - first_tile;
     const size_t  lines_before = (size_t) (first_tile * (layout->n_inputs + 1) + (tile - first_tile));
-    const spike_tile_lines lines = { packed + lines_before*SPIKE_LINE_BYTES, (size_t) width*SPIKE_LINE_BYTES };
+    const spike_tile_lines lines = { packed + lines_before*SPIKE_LINE_BYTES, half ? SPIKE_HALF_LINE : (size_t) width*SPIKE_LINE_BYTES };
     return lines;
 }
 

@@ -3,29 +3,28 @@
 
 #include <string.h>
 
-// Lines without the bits that are not in the mask.
-static void copy_masked(const uint8_t * from, size_t stride, int64_t n, uint8_t mask, uint8_t * to) {
+SPIKE_INLINE void copy(const uint8_t * from, size_t stride, size_t line_bytes, int64_t n, uint8_t * to) {
     for (int64_t i = 0; i < n; i++) {
-        for (int j = 0; j < SPIKE_LINE_BYTES; j++) {
-            to[j] = from[j] & mask;
-            to[SPIKE_LINE_BYTES + j] = (uint8_t) ~from[j] & mask;
+        memcpy(to, from, line_bytes);
+        for (size_t j = 0; j < line_bytes; j++) {
+            to[line_bytes + j] = (uint8_t) ~from[j];
         }
         from += stride;
-        to   += 2*SPIKE_LINE_BYTES;
+        to   += 2*line_bytes;
     }
-    memset(to, 0, SPIKE_LINE_BYTES);
+    memset(to, 0, line_bytes);
 }
 
 static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, 0xFF, to);
+    copy(from, stride, SPIKE_LINE_BYTES, n, to);
 }
 
 static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, 0x0F, to);
+    copy(from, stride, SPIKE_HALF_LINE, n, to);
 }
 
 // To the 32-bit potentials, which wrap like unsigned ones until all programs have run.
-static void spill(int32_t * sum, int n_rows, const spike_schedule_step * step, int32_t * potential) {
+SPIKE_INLINE void spill(int32_t * sum, int n_rows, const spike_schedule_step * step, int32_t * potential) {
     for (int r = 0; r < n_rows; r++) {
         potential[r] = (int32_t) ((uint32_t) potential[r] + ((uint32_t) (sum[r] - step->correction) << step->shift));
         sum[r] = 0;
@@ -34,18 +33,19 @@ static void spill(int32_t * sum, int n_rows, const spike_schedule_step * step, i
 
 // A spike at a step stays in the current for the steps to come, so that its weight enters the potential as many times as
 // its magnitude says (Abel summation).
-static void run_schedule(const uint8_t * lines, int n_rows, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+SPIKE_INLINE void run_schedule(const uint8_t * lines, int line_bytes, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    const int n_rows = 2*line_bytes;
     int32_t current[SPIKE_TILE_ROWS] = { 0 }, sum[SPIKE_TILE_ROWS] = { 0 };
     spikes += program->first;
     for (uint32_t s = 0; s < program->n_steps; s++) {
         const spike_schedule_step * step = &program->steps[s];
         for (int e = 0; e < step->n_spikes; e++) {
-            const uint8_t * line = spike_schedule_line(lines, spikes[e]);
-            for (int r = 0; r < SPIKE_HALF_TILE; r++) {
-                current[r] += line[r] & 15;
+            const uint8_t * line = spike_schedule_line(lines, (size_t) line_bytes, spikes[e]);
+            for (int j = 0; j < line_bytes; j++) {
+                current[j] += line[j] & 15;
             }
-            for (int r = SPIKE_HALF_TILE; r < n_rows; r++) {
-                current[r] += line[r - SPIKE_HALF_TILE] >> 4;
+            for (int j = 0; j < line_bytes; j++) {
+                current[line_bytes + j] += line[j] >> 4;
             }
         }
         spikes += step->n_spikes;
@@ -64,12 +64,12 @@ static void run_schedule(const uint8_t * lines, int n_rows, const spike_schedule
 
 static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]) {
-    run_schedule(lines, SPIKE_TILE_ROWS, program, spikes, potential);
+    run_schedule(lines, SPIKE_LINE_BYTES, program, spikes, potential);
 }
 
-static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                            int32_t potential[SPIKE_HALF_TILE]) {
-    run_schedule(lines, SPIKE_HALF_TILE, program, spikes, potential);
+    run_schedule(lines, SPIKE_HALF_LINE, program, spikes, potential);
 }
 
 static void transpose_values(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines) {
@@ -126,5 +126,5 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 }
 
 const spike_prompt_kernels spike_prompt_kernels_plain_c = {
-    copy_lines, copy_half, integrate_schedule, integrate_half, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

@@ -8,21 +8,20 @@ extern "C" {
 #endif
 
 #define SPIKE_TOKEN_LINE 64 // tokens whose values for one input lie side by side
-#define SPIKE_HALF_TILE  64 // rows: those of the low nibbles
 
 typedef struct {
     // Copies the lines of n inputs of a tile, the complement of each behind it, and a line of zeros: to[line][64].
     void (*copy_lines)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
 
-    // The same of a tile that has no rows in its high nibbles: only the low ones, and their complements, 15 - code.
+    // The same of half a tile: to[line][32].
     void (*copy_half)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
 
     // Runs a program over such lines: potential[row] += sum over spikes of (code - 8) * signed magnitude.
     void (*integrate_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]);
 
-    // Over lines of copy_half: half of the work.
-    void (*integrate_half)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+    // Over lines of half a tile, with half of the work.
+    void (*integrate_half_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                            int32_t potential[SPIKE_HALF_TILE]);
 
     // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.

@@ -78,7 +78,7 @@ struct matrix_tile {
 
     int64_t first_row() const { return index*SPIKE_TILE_ROWS; }
     int64_t n_rows() const { return std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - first_row()); }
-    bool    is_half() const { return n_rows() <= SPIKE_HALF_TILE; }
+    bool    is_half() const { return spike_is_half_tile(&layout, index); }
 
     spike_tile_lines lines() const { return spike_lines_of_tile(&layout, packed, index); }
     const uint8_t *  salients() const { return spike_salients_of_tile(&layout, packed, index, 0, 0); }
@@ -163,7 +163,7 @@ auto copy_chunk(const matrix_tile & tile, int64_t n_chunks, int64_t chunk, uint8
     const int64_t n     = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - first;
     const auto    copy  = tile.is_half() ? kernels->copy_half : kernels->copy_lines;
     copy(lines.first + (size_t) first*lines.stride, lines.stride, n, to);
-    return tile.is_half() ? kernels->integrate_half : kernels->integrate_schedule;
+    return tile.is_half() ? kernels->integrate_half_schedule : kernels->integrate_schedule;
 }
 
 // after: the tile that this thread will probably come to next.

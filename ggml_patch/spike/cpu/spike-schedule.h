@@ -71,8 +71,8 @@ static inline uint16_t spike_schedule_zero_line(int64_t chunk_inputs) {
     return (uint16_t) (SPIKE_SCHEDULE_SCALE*2*chunk_inputs);
 }
 
-static inline const uint8_t * spike_schedule_line(const uint8_t * lines, uint16_t listed) {
-    return lines + (size_t) listed*(SPIKE_LINE_BYTES/SPIKE_SCHEDULE_SCALE);
+static inline const uint8_t * spike_schedule_line(const uint8_t * lines, size_t line_bytes, uint16_t listed) {
+    return lines + (size_t) listed*(line_bytes/SPIKE_SCHEDULE_SCALE);
 }
 
 static inline const spike_schedule_program * spike_schedule_program_of(const spike_schedule * schedule, int spike_class, int64_t chunk) {

@@ -18,11 +18,12 @@ void add_salient_of_token(const uint8_t * salients, const spike_layout & layout,
     }
 }
 
-void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled) {
-    const uint32_t   width   = (uint32_t) (stride/SPIKE_LINE_BYTES);
-    const uint32_t * offsets = spike_train_offsets(train);
-    for (uint32_t e = 0; e < train->n_spikes; e++) {
-        scaled[e] = offsets[e]*width;
+void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets) {
+    const uint16_t * lines  = spike_train_lines(train);
+    const uint32_t   n      = train->n_spikes; // which offsets could overlap, for all that the compiler knows
+    const uint32_t   factor = (uint32_t) stride;
+    for (uint32_t e = 0; e < n; e++) {
+        offsets[e] = lines[e]*factor;
     }
 }
 

@@ -40,8 +40,8 @@ class scratch_arrays {
 // Adds the share of a tile's salient weights to the potentials of one class.
 void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, int spike_class, const spike_train * train, int32_t * potential);
 
-// Offsets of the lines that fire where the lines of several tiles are interleaved.
-void scale_offsets(const spike_train * train, size_t stride, uint32_t * scaled);
+// Offsets of the lines that fire where lines are so far apart.
+void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets);
 
 // Potentials [class][row] of a tile to outputs. Kernels count every code from 8; the row's own zero-point makes up for the difference.
 void read_out(const spike_train * train, float * output, const spike_layout & layout, const uint8_t * packed, int64_t tile, const int32_t * potential);

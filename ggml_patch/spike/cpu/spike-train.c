@@ -9,7 +9,7 @@ _Static_assert(SPIKE_MAX_TILED_INPUTS <= UINT16_MAX, "inputs have numbers of 16 
 
 size_t spike_train_size(int64_t n_inputs, int64_t n_chunks) {
     const size_t size = sizeof(spike_train) + (size_t) (n_chunks*SPIKE_CLASSES)*sizeof(spike_program)
-        + (size_t) spike_max_spikes(n_inputs, n_chunks)*sizeof(uint32_t) + (size_t) (SPIKE_CLASSES*n_inputs)
+        + (size_t) spike_max_spikes(n_inputs, n_chunks)*sizeof(uint16_t) + (size_t) (SPIKE_CLASSES*n_inputs)
         + (size_t) (n_chunks + 1)*sizeof(uint32_t) + (size_t) (n_inputs + SPIKE_LIST_SLACK)*sizeof(uint16_t);
     return (size + 63) & ~(size_t) 63;
 }
@@ -40,7 +40,7 @@ SPIKE_CLONES static int32_t sum_of(const int8_t * values, int64_t n) {
 }
 
 // Where the list of each bucket starts, its padding set. Returns where the lists end.
-static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint32_t zero_line, uint32_t * offsets, uint32_t place[SPIKE_BUCKETS]) {
+static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint16_t zero_line, uint16_t * lines, uint32_t place[SPIKE_BUCKETS]) {
     uint32_t next = 0;
     for (int m = SPIKE_MAX_MAGNITUDE; m > 0; m--) {
         for (int bucket = 2*m; bucket < 2*m + 2; bucket++) {
@@ -48,7 +48,7 @@ static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint32_t zero_l
             next += padded(count[bucket]);
             if (count[bucket] > 0) { // the last places, of which inputs will overwrite all but the padding
                 for (uint32_t e = 1; e <= SPIKE_LIST_UNIT; e++) {
-                    offsets[next - e] = zero_line;
+                    lines[next - e] = zero_line;
                 }
             }
         }
@@ -57,7 +57,7 @@ static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint32_t zero_l
 }
 
 // A counting sort without branches: most inputs fire.
-void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                        spike_lists * lists) {
     enum { COUNTERS = 4 }; // neighbours do not wait for each other's
     uint8_t  buckets[SPIKE_CHUNK_BLOCKS*QK_SPK];
@@ -76,19 +76,17 @@ void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t
         lists->count[bucket] = (uint16_t) (counts[0][bucket] + counts[1][bucket] + counts[2][bucket] + counts[3][bucket]);
     }
     uint32_t place[SPIKE_BUCKETS];
-    lists->n_places = place_lists(lists->count, zero_line, offsets, place);
+    lists->n_places = place_lists(lists->count, zero_line, lines, place);
     place[0] = lists->n_places; // what is silent goes beyond the end
-    uint32_t line = (uint32_t) first << SPIKE_LINE_SHIFT;
     for (int64_t i = 0; i < n; i++) {
         const uint8_t bucket = buckets[i];
-        offsets[place[bucket]] = line;
+        lines[place[bucket]] = (uint16_t) (first + i);
         place[bucket] += bucket != 0;
-        line += SPIKE_LINE_BYTES;
     }
 }
 
 // Coarse values are few.
-static void list_coarse_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+static void list_coarse_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                                spike_lists * lists) {
     uint32_t found = 0;
     memset(lists->count, 0, sizeof(lists->count));
@@ -107,9 +105,9 @@ static void list_coarse_spikes(const int8_t * values, int64_t n, int64_t first, 
     }
     uint32_t place[SPIKE_BUCKETS];
     lists->n_active = found;
-    lists->n_places = place_lists(lists->count, zero_line, offsets, place);
+    lists->n_places = place_lists(lists->count, zero_line, lines, place);
     for (uint32_t e = 0; e < found; e++) {
-        offsets[place[bucket_of(values[active[e] - first])]++] = (uint32_t) active[e] << SPIKE_LINE_SHIFT;
+        lines[place[bucket_of(values[active[e] - first])]++] = active[e];
     }
 }
 
@@ -157,10 +155,10 @@ void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_t
     train->sum[0] = sum_of(fine, n_inputs);
     train->sum[1] = sum_of(coarse, n_inputs);
     spike_program * programs  = (spike_program *) (train + 1);
-    uint32_t *      offsets   = (uint32_t *) (programs + n_chunks*SPIKE_CLASSES);
+    uint16_t *      lines     = (uint16_t *) (programs + n_chunks*SPIKE_CLASSES);
     uint32_t *      starts    = (uint32_t *) (uintptr_t) spike_train_active_starts(train, n_inputs);
     uint16_t *      active    = (uint16_t *) (starts + n_chunks + 1);
-    const uint32_t  zero_line = (uint32_t) n_inputs << SPIKE_LINE_SHIFT;
+    const uint16_t  zero_line = (uint16_t) n_inputs;
     uint32_t next = 0, n_active = 0;
     int64_t  span = 0; // where the coarse inputs start that are in no program yet
     for (int64_t c = 0; c < n_chunks; c++) {
@@ -169,12 +167,12 @@ void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_t
         spike_program * program = &programs[c*SPIKE_CLASSES];
         spike_lists lists;
         starts[c] = n_active;
-        kernels->list_spikes(fine + first, last - first, first, zero_line, offsets + next, active + n_active, &lists);
+        kernels->list_spikes(fine + first, last - first, first, zero_line, lines + next, active + n_active, &lists);
         lay_out_program(&lists, next, &program[0]);
         next     += lists.n_places;
         n_active += lists.n_active;
         if (ends_span) {
-            list_coarse_spikes(coarse + span, last - span, span, zero_line, offsets + next, active + n_active, &lists);
+            list_coarse_spikes(coarse + span, last - span, span, zero_line, lines + next, active + n_active, &lists);
             lay_out_program(&lists, next, &program[1]);
             next     += lists.n_places;
             n_active += lists.n_active;

@@ -59,11 +59,11 @@ typedef struct {
     uint16_t count[SPIKE_BUCKETS]; // that of buckets 0 and 1 is not set
 } spike_lists;
 
-// Lists the inputs of a chunk that fire, in the order of a program: for every bucket from the last to the second one the byte
-// offsets of its inputs' lines, in order, padded with that of the line of zeros; and all of them once more, in order of inputs,
-// by their number. Up to SPIKE_LIST_SLACK places beyond the ends are overwritten.
+// Lists the inputs of a chunk that fire, in the order of a program: for every bucket from the last to the second one the numbers
+// of its inputs, in order, padded with that of the line of zeros; and all of them once more, in order of inputs. Up to
+// SPIKE_LIST_SLACK places beyond the ends are overwritten.
 // values: signed magnitudes of n inputs, a multiple of 64, from input `first` on. This one is plain C; kernels have their own.
-void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                        spike_lists * lists);
 
 // How many chunks of at most so many blocks (1..SPIKE_CHUNK_BLOCKS) an input takes. Their sizes differ by one block at most.
@@ -88,19 +88,19 @@ static inline uint32_t spike_program_places(const spike_train * train, int spike
     return (index + 1 < train->n_chunks*SPIKE_CLASSES ? program[1].first : train->n_spikes) - program->first;
 }
 
-// Room for all lists, padding included, and for what is written beyond the last one.
+// Room for all lists, padding included, and for what is written beyond the last one: an even number.
 static inline int64_t spike_max_spikes(int64_t n_inputs, int64_t n_chunks) {
     return n_inputs + n_chunks*SPIKE_CLASSES*2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK;
 }
 
-// Byte offsets of the lines that fire, for tiles whose lines lie one after the other.
-static inline const uint32_t * spike_train_offsets(const spike_train * train) {
-    return (const uint32_t *) spike_train_program(train, 0, train->n_chunks);
+// The lines that fire: numbers of inputs, and n_inputs for the line of zeros.
+static inline const uint16_t * spike_train_lines(const spike_train * train) {
+    return (const uint16_t *) spike_train_program(train, 0, train->n_chunks);
 }
 
 // Signed magnitudes of all inputs of a class.
 static inline const int8_t * spike_train_values(const spike_train * train, int64_t n_inputs, int spike_class) {
-    return (const int8_t *) (spike_train_offsets(train) + spike_max_spikes(n_inputs, train->n_chunks)) + spike_class*n_inputs;
+    return (const int8_t *) (spike_train_lines(train) + spike_max_spikes(n_inputs, train->n_chunks)) + spike_class*n_inputs;
 }
 
 static inline int8_t * spike_train_values_to_fill(spike_train * train, int64_t n_inputs) {

@@ -4,46 +4,45 @@
 #include <arm_neon.h>
 #include <string.h>
 
-// A line is four vectors of 16 bytes; each byte holds two codes. Per vector and spike two instructions:
+// A line is four vectors of 16 bytes, or two of half a tile; each byte holds two codes. Per vector and spike two instructions:
 //   both += y         whole bytes, modulo 256
 //   high += y >> 4    in bytes, shift and addition fused (usra)
 // 16 spikes of 15 fit in a byte, so that low = both - (high << 4) is the true sum of the low codes, whatever overflowed.
 // After 16 spikes the sums move to 16-bit currents, one per row and in the order of rows.
 enum { VECTORS = SPIKE_LINE_BYTES/16, SPIKES_PER_BYTE_SUM = 16, ROW_VECTORS = SPIKE_TILE_ROWS/8 };
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE void copy_masked(const uint8_t * from, size_t stride, int64_t n, uint8x16_t mask, uint8_t * to) {
-    for (const uint8_t * end = to + n*(2*SPIKE_LINE_BYTES); to < end; to += 2*SPIKE_LINE_BYTES) {
-        for (int v = 0; v < VECTORS; v++) {
+// vectors: of a line, here and below; known when this is compiled.
+SPIKE_INLINE void copy(const uint8_t * from, size_t stride, int vectors, int64_t n, uint8_t * to) {
+    for (int64_t i = 0; i < n; i++) {
+        for (int v = 0; v < vectors; v++) {
             const uint8x16_t y = vld1q_u8(from + 16*v);
-            vst1q_u8(to + 16*v, vandq_u8(y, mask));
-            vst1q_u8(to + SPIKE_LINE_BYTES + 16*v, vbicq_u8(mask, y));
+            vst1q_u8(to + 16*v, y);
+            vst1q_u8(to + 16*(vectors + v), vmvnq_u8(y));
         }
         from += stride;
+        to   += 32*vectors;
     }
-    memset(to, 0, SPIKE_LINE_BYTES);
+    memset(to, 0, 16*(size_t) vectors);
 }
 
 static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, vdupq_n_u8(0xFF), to);
+    copy(from, stride, VECTORS, n, to);
 }
 
 static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, vdupq_n_u8(15), to);
+    copy(from, stride, VECTORS/2, n, to);
 }
 
 // The compiler would reorder the chain of additions and then run out of registers.
 #define KEEP_ORDER(a, b) __asm__("" : "+w"(a), "+w"(b))
 
-INLINE void widen(uint8x16_t bytes, uint16x8_t current[2]) {
+SPIKE_INLINE void widen(uint8x16_t bytes, uint16x8_t current[2]) {
     current[0] = vaddw_u8(current[0], vget_low_u8(bytes));
     current[1] = vaddw_high_u8(current[1], bytes);
 }
 
-// With half known when this is compiled.
-INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
-    const int row_vectors = half ? ROW_VECTORS/2 : ROW_VECTORS;
+SPIKE_INLINE void run_schedule(const uint8_t * lines, int vectors, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+    const int row_vectors = 4*vectors;
     uint16x8_t current[ROW_VECTORS], sum[ROW_VECTORS]; // vector v holds rows 8*v .. 8*v + 7
     for (int v = 0; v < row_vectors; v++) {
         current[v] = sum[v] = vdupq_n_u16(0);
@@ -55,31 +54,25 @@ INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_
             int group = left < SPIKES_PER_BYTE_SUM ? left : SPIKES_PER_BYTE_SUM;
             left -= group;
             uint8x16_t both[VECTORS], high[VECTORS];
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < vectors; v++) {
                 both[v] = high[v] = vdupq_n_u8(0);
             }
             do {
                 for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-                    const uint8_t * line = spike_schedule_line(lines, spikes[e]);
-                    for (int v = 0; v < VECTORS; v++) {
+                    const uint8_t * line = spike_schedule_line(lines, 16*(size_t) vectors, spikes[e]);
+                    for (int v = 0; v < vectors; v++) {
                         const uint8x16_t y = vld1q_u8(line + 16*v);
                         both[v] = vaddq_u8(both[v], y);
-                        if (!half) {
-                            high[v] = vsraq_n_u8(high[v], y, 4);
-                        }
+                        high[v] = vsraq_n_u8(high[v], y, 4);
                         KEEP_ORDER(both[v], high[v]);
                     }
                 }
                 spikes += SPIKE_SCHEDULE_UNIT;
                 group  -= SPIKE_SCHEDULE_UNIT;
             } while (group > 0);
-            for (int v = 0; v < VECTORS; v++) {
-                if (half) {
-                    widen(both[v], current + 2*v);
-                } else {
-                    widen(vsubq_u8(both[v], vshlq_n_u8(high[v], 4)), current + 2*v);
-                    widen(high[v], current + ROW_VECTORS/2 + 2*v);
-                }
+            for (int v = 0; v < vectors; v++) {
+                widen(vsubq_u8(both[v], vshlq_n_u8(high[v], 4)), current + 2*v);
+                widen(high[v], current + 2*(vectors + v));
             }
         }
         for (int v = 0; v < row_vectors; v++) {
@@ -105,15 +98,15 @@ INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_
 
 static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]) {
-    run_schedule(lines, false, program, spikes, potential);
+    run_schedule(lines, VECTORS, program, spikes, potential);
 }
 
-static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                            int32_t potential[SPIKE_HALF_TILE]) {
-    run_schedule(lines, true, program, spikes, potential);
+    run_schedule(lines, VECTORS/2, program, spikes, potential);
 }
 
-INLINE void transpose8(int16x8_t x[8]) {
+SPIKE_INLINE void transpose8(int16x8_t x[8]) {
     int16x8_t pairs[8];
     int32x4_t fours[8];
     for (int i = 0; i < 4; i++) {
@@ -217,7 +210,7 @@ __attribute__((constructor)) static void fill_pack(void) {
 }
 
 // Appends the lines whose keys are equal.
-INLINE uint16_t * append(uint16_t * next, uint16x8_t lines, uint8x8_t equal) {
+SPIKE_INLINE uint16_t * append(uint16_t * next, uint16x8_t lines, uint8x8_t equal) {
     static const uint8_t BITS[8] = { 1, 2, 4, 8, 16, 32, 64, 128 };
     const uint8x16_t pack = vld1q_u8(PACK[vaddv_u8(vand_u8(equal, vld1_u8(BITS)))]);
     vst1q_u16(next, vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(lines), pack)));
@@ -242,5 +235,5 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 }
 
 const spike_prompt_kernels spike_prompt_kernels_neon = {
-    copy_lines, copy_half, integrate_schedule, integrate_half, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

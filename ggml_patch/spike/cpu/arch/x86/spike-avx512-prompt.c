@@ -1,31 +1,21 @@
-// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens. The arithmetic is that of spike-avx2-prompt.c; a line is one vector.
+// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: a line is one vector. The arithmetic is that of spike-schedule-256.h.
+#include "spike-schedule-256.h"
 #include "spike-token-lines.h"
 
 #include <string.h>
 
-enum { SPIKES_PER_BYTE_SUM = 16, FULL_UNITS = SPIKES_PER_BYTE_SUM/SPIKE_SCHEDULE_UNIT };
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE void copy_masked(const uint8_t * from, size_t stride, int64_t n, __m512i mask, uint8_t * to) {
+static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
+    const __m512i ones = _mm512_set1_epi8(-1);
     const uint8_t * ahead = from + (stride << 4) + (stride << 3); // lines of a strip come from afar, and no prefetcher sees their order
     for (const uint8_t * end = to + n*(2*SPIKE_LINE_BYTES); to < end; to += 2*SPIKE_LINE_BYTES) {
         _mm_prefetch((const char *) ahead, _MM_HINT_T0);
         const __m512i y = _mm512_loadu_si512(from);
-        _mm512_storeu_si512(to, _mm512_and_si512(y, mask));
-        _mm512_storeu_si512(to + SPIKE_LINE_BYTES, _mm512_andnot_si512(y, mask));
+        _mm512_storeu_si512(to, y);
+        _mm512_storeu_si512(to + SPIKE_LINE_BYTES, _mm512_xor_si512(y, ones));
         from  += stride;
         ahead += stride;
     }
     memset(to, 0, SPIKE_LINE_BYTES);
-}
-
-static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, _mm512_set1_epi8(-1), to);
-}
-
-static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
-    copy_masked(from, stride, n, _mm512_set1_epi8(15), to);
 }
 
 // 16-bit sums of 64 rows.
@@ -41,64 +31,56 @@ typedef struct {
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
 
 // SPIKE_SCHEDULE_UNIT spikes to the sums in bytes.
-INLINE void add_unit(const uint8_t * lines, bool half, const uint16_t * spikes, __m512i * both, __m512i * upper) {
+SPIKE_INLINE void add_unit(const uint8_t * lines, const uint16_t * spikes, __m512i * both, __m512i * upper) {
     for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-        __m512i y = _mm512_loadu_si512(spike_schedule_line(lines, spikes[e]));
+        __m512i y = _mm512_loadu_si512(spike_schedule_line(lines, SPIKE_LINE_BYTES, spikes[e]));
         __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
-        *both = _mm512_add_epi8(*both, y);
-        if (!half) {
-            *upper = _mm512_add_epi8(*upper, _mm512_srli_epi16(y, 4));
-        }
+        *both  = _mm512_add_epi8(*both,  y);
+        *upper = _mm512_add_epi8(*upper, _mm512_srli_epi16(y, 4));
         KEEP_ORDER(*both, *upper);
     }
 }
 
-INLINE void widen(__m512i bytes, lanes * current) {
+SPIKE_INLINE void widen(__m512i bytes, lanes * current) {
     current->even = _mm512_add_epi16(current->even, bytes);
     current->odd  = _mm512_add_epi16(current->odd,  _mm512_srli_epi16(bytes, 8));
 }
 
 // Up to 16 spikes of a step to the currents.
-INLINE void add_group(const uint8_t * lines, bool half, const uint16_t * spikes, int n_units, tile_lanes * current) {
+SPIKE_INLINE void add_group(const uint8_t * lines, const uint16_t * spikes, int n_units, tile_lanes * current) {
     __m512i both = _mm512_setzero_si512(), upper = both;
     if (n_units == FULL_UNITS) {
         for (int u = 0; u < FULL_UNITS; u++) {
-            add_unit(lines, half, spikes + u*SPIKE_SCHEDULE_UNIT, &both, &upper);
+            add_unit(lines, spikes + u*SPIKE_SCHEDULE_UNIT, &both, &upper);
         }
     } else {
         do {
-            add_unit(lines, half, spikes, &both, &upper);
+            add_unit(lines, spikes, &both, &upper);
             spikes += SPIKE_SCHEDULE_UNIT;
         } while (--n_units > 0);
     }
-    if (half) {
-        widen(both, &current->low);
-    } else {
-        const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
-        const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
-        widen(_mm512_sub_epi8(both,  high_spilled), &current->low);
-        widen(_mm512_sub_epi8(upper, low_spilled),  &current->high);
-    }
+    const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
+    const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
+    widen(_mm512_sub_epi8(both,  high_spilled), &current->low);
+    widen(_mm512_sub_epi8(upper, low_spilled),  &current->high);
 }
 
-INLINE void grow_lanes(lanes * sum, const lanes * by) {
+SPIKE_INLINE void grow_lanes(lanes * sum, const lanes * by) {
     sum->even = _mm512_add_epi16(sum->even, by->even);
     sum->odd  = _mm512_add_epi16(sum->odd,  by->odd);
 }
 
-INLINE void grow(tile_lanes * sum, bool half, const tile_lanes * by) {
-    grow_lanes(&sum->low, &by->low);
-    if (!half) {
-        grow_lanes(&sum->high, &by->high);
-    }
+SPIKE_INLINE void grow(tile_lanes * sum, const tile_lanes * by) {
+    grow_lanes(&sum->low,  &by->low);
+    grow_lanes(&sum->high, &by->high);
 }
 
-INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift) {
+SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift) {
     _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_sll_epi32(_mm512_cvtepi16_epi32(sums), shift)));
 }
 
 // 64 rows, even and odd ones apart, to 32 bits.
-INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * potential) {
+SPIKE_INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * potential) {
     const __m512i correction = _mm512_set1_epi16((int16_t) step->correction);
     const __m128i shift = _mm_cvtsi32_si128(step->shift);
     const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
@@ -114,8 +96,8 @@ INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * poten
     sum->even = sum->odd = _mm512_setzero_si512();
 }
 
-// With half known when this is compiled.
-INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                               int32_t potential[SPIKE_TILE_ROWS]) {
     const lanes silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
     tile_lanes current = { silent, silent }, sum = current;
     spikes += program->first;
@@ -123,38 +105,26 @@ INLINE void run_schedule(const uint8_t * lines, bool half, const spike_schedule_
     for (const spike_schedule_step * end = step + program->n_steps; step < end; step++) {
         int left = step->n_spikes;
         for (; left >= SPIKES_PER_BYTE_SUM; left -= SPIKES_PER_BYTE_SUM) {
-            add_group(lines, half, spikes, FULL_UNITS, &current);
+            add_group(lines, spikes, FULL_UNITS, &current);
             spikes += SPIKES_PER_BYTE_SUM;
         }
         if (left > 0) {
-            add_group(lines, half, spikes, left/SPIKE_SCHEDULE_UNIT, &current);
+            add_group(lines, spikes, left/SPIKE_SCHEDULE_UNIT, &current);
             spikes += left;
         }
-        grow(&sum, half, &current);
+        grow(&sum, &current);
         if (step->action == SPIKE_DOUBLE) {
-            grow(&sum, half, &sum);
+            grow(&sum, &sum);
         } else if (step->action == SPIKE_SPILL) {
-            spill(&sum.low, step, potential);
-            if (!half) {
-                spill(&sum.high, step, potential + SPIKE_HALF_TILE);
-            }
+            spill(&sum.low,  step, potential);
+            spill(&sum.high, step, potential + 64);
         }
     }
 }
 
-static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                               int32_t potential[SPIKE_TILE_ROWS]) {
-    run_schedule(lines, false, program, spikes, potential);
-}
-
-static void integrate_half(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                           int32_t potential[SPIKE_HALF_TILE]) {
-    run_schedule(lines, true, program, spikes, potential);
-}
-
 // 64 tokens in two vectors: values are masked where there is no weight and complemented where one is to be subtracted, and
 // what complements lack is counted.
-INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
+SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
     static const int32_t PRESENT[4] = { 0, -1, -1, 0 }, NEGATIVE[4] = { 0, 0, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
     enum { XOR_OF_AND = 0x78 }; // negative ^ (present & value)
     __m512i first = _mm512_load_si512(sums), second = _mm512_load_si512(sums + 32), lacking = _mm512_setzero_si512();
@@ -189,7 +159,7 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
 }
 
 // By SPIKE_SCHEDULE_SCALE.
-INLINE __m512i scaled(__m512i lines) {
+SPIKE_INLINE __m512i scaled(__m512i lines) {
     return _mm512_slli_epi16(lines, 3);
 }
 
@@ -213,5 +183,5 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
 };

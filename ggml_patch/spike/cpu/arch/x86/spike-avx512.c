@@ -1,39 +1,44 @@
-// AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector. The arithmetic is that of spike-avx2.c.
-#include "spike-requests.h"
+// AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector. The arithmetic is that of spike-program-256.h.
+#include "spike-program-256.h"
 
 #include <immintrin.h>
 #include <string.h>
-
-typedef struct {
-    __m512i low_even, low_odd, high_even, high_odd;
-} lanes;
 
 static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
     0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
 };
 
+// 16-bit sums of 64 rows.
+typedef struct {
+    __m512i even, odd;
+} lanes;
+
 #define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
 
-static inline __attribute__((always_inline)) __m512i add16(__m512i a, __m512i b, int negative) {
+SPIKE_INLINE __m512i add16(__m512i a, __m512i b, bool negative) {
     return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
 }
 
-// With ahead NULL nothing is prefetched. Whether it is, and pairs, are known when this is compiled.
-static inline __attribute__((always_inline)) const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, lanes * current,
-                                                                       int negative, spike_ahead * ahead, int pairs) {
-    const __m512i nibble = _mm512_set1_epi8(15);
+SPIKE_INLINE void widen(__m512i bytes, bool negative, lanes * current) {
+    current->even = add16(current->even, bytes, negative);
+    current->odd  = add16(current->odd,  _mm512_srli_epi16(bytes, 8), negative);
+}
+
+// With ahead NULL nothing is requested. Whether it is, negative and pairs are known when this is compiled.
+SPIKE_INLINE const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, bool negative, lanes * low, lanes * high,
+                                 spike_ahead * ahead, int pairs) {
     while (n > 0) {
-        int group = n < 16 ? n : 16;
+        int group = n < SPIKES_PER_BYTE_SUM ? n : SPIKES_PER_BYTE_SUM;
         n -= group;
-        __m512i low = _mm512_setzero_si512(), high = low;
+        __m512i both = _mm512_setzero_si512(), upper = both;
         do {
             for (int e = 0; e < SPIKE_LIST_UNIT; e++) {
                 __m512i y = _mm512_loadu_si512(lines + offsets[e]);
                 __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
-                low  = _mm512_add_epi8(low, _mm512_and_si512(y, nibble));
-                high = _mm512_add_epi16(high, _mm512_srli_epi16(y, 4));
-                KEEP_ORDER(low, high);
+                both  = _mm512_add_epi8(both,  y);
+                upper = _mm512_add_epi8(upper, _mm512_srli_epi16(y, 4));
+                KEEP_ORDER(both, upper);
             }
             if (ahead) {
                 request(ahead, pairs);
@@ -41,24 +46,22 @@ static inline __attribute__((always_inline)) const uint32_t * add_list(const uin
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
         } while (group > 0);
-        const __m512i low_odd  = _mm512_srli_epi16(low, 8);
-        const __m512i high_own = _mm512_sub_epi16(high, _mm512_slli_epi16(low_odd, 4));
-        current->low_even  = add16(current->low_even,  low, negative);
-        current->low_odd   = add16(current->low_odd,   low_odd, negative);
-        current->high_even = add16(current->high_even, high_own, negative);
-        current->high_odd  = add16(current->high_odd,  _mm512_srli_epi16(high_own, 8), negative);
+        const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
+        const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
+        widen(_mm512_sub_epi8(both,  high_spilled), negative, low);
+        widen(_mm512_sub_epi8(upper, low_spilled),  negative, high);
     }
     return offsets;
 }
 
-static inline __attribute__((always_inline)) void accumulate16(int32_t * potential, __m256i sums) {
+SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums) {
     _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_cvtepi16_epi32(sums)));
 }
 
 // 64 rows, even and odd ones apart, to 32 bits.
-static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i odd, __m512i correction, int32_t * potential) {
-    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(even, _mm512_slli_epi16(odd, 8)), correction);
-    const __m512i o = _mm512_sub_epi16(odd, correction);
+SPIKE_INLINE void spill(lanes * sum, __m512i correction, int32_t * potential) {
+    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
+    const __m512i o = _mm512_sub_epi16(sum->odd, correction);
     const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
     const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
     const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
@@ -67,27 +70,29 @@ static inline __attribute__((always_inline)) void spill64(__m512i even, __m512i 
     accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1));
     accumulate16(potential + 32, _mm512_castsi512_si256(second_half));
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
+    sum->even = sum->odd = _mm512_setzero_si512();
 }
 
-static inline __attribute__((always_inline)) void run_program(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
-                                                              int32_t potential[SPIKE_TILE_ROWS], spike_ahead * ahead, int pairs) {
-    const __m512i zero = _mm512_setzero_si512();
-    const lanes silent = { zero, zero, zero, zero };
-    lanes current = silent, sum = silent;
+SPIKE_INLINE void grow(lanes * sum, const lanes * by) {
+    sum->even = _mm512_add_epi16(sum->even, by->even);
+    sum->odd  = _mm512_add_epi16(sum->odd,  by->odd);
+}
+
+SPIKE_INLINE void run_program(const uint8_t * lines, const spike_program * program, const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
+                        spike_ahead * ahead, int pairs) {
+    const lanes silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    lanes low = silent, high = silent, low_sum = silent, high_sum = silent;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, &current, 0, ahead, pairs);
-        offsets = add_list(lines, offsets, step->n_negative, &current, 1, ahead, pairs);
-        sum.low_even  = _mm512_add_epi16(sum.low_even,  current.low_even);
-        sum.low_odd   = _mm512_add_epi16(sum.low_odd,   current.low_odd);
-        sum.high_even = _mm512_add_epi16(sum.high_even, current.high_even);
-        sum.high_odd  = _mm512_add_epi16(sum.high_odd,  current.high_odd);
+        offsets = add_list(lines, offsets, step->n_positive, false, &low, &high, ahead, pairs);
+        offsets = add_list(lines, offsets, step->n_negative, true,  &low, &high, ahead, pairs);
+        grow(&low_sum,  &low);
+        grow(&high_sum, &high);
         if (step->spill) {
             const __m512i correction = _mm512_set1_epi16(step->correction);
-            spill64(sum.low_even,  sum.low_odd,  correction, potential);
-            spill64(sum.high_even, sum.high_odd, correction, potential + 64);
-            sum = silent;
+            spill(&low_sum,  correction, potential);
+            spill(&high_sum, correction, potential + 64);
         }
     }
 }
@@ -153,7 +158,7 @@ static inline uint32_t list_numbers(__mmask64 found, __m512i first, uint16_t * l
     return n;
 }
 
-static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_t zero_line, uint32_t * offsets, uint16_t * active,
+static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                         spike_lists * lists) {
     const __m512i block = _mm512_set1_epi16(QK_SPK);
     __m512i top = _mm512_setzero_si512(), number = _mm512_set1_epi16((short) first);
@@ -168,10 +173,8 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_
     while (largest > 0 && !_mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8((char) largest))) {
         largest--;
     }
-    // Numbers of 16 bits first: lists of lines would take twice the stores, and most of those would straddle cache lines.
-    uint16_t list[SPIKE_CHUNK_BLOCKS*QK_SPK + 2*SPIKE_MAX_MAGNITUDE*(SPIKE_LIST_UNIT - 1) + SPIKE_LIST_SLACK];
-    const __m128i padding = _mm_set1_epi16((short) (zero_line >> SPIKE_LINE_SHIFT));
-    uint16_t * next = list;
+    const __m128i padding = _mm_set1_epi16((short) zero_line);
+    uint16_t * next = lines;
     memset(lists->count, 0, sizeof(lists->count));
     for (int m = largest; m > 0; m--) {
         for (int negative = 0; negative < 2; negative++) {
@@ -187,12 +190,8 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint32_
             lists->count[2*m + negative] = (uint16_t) count;
         }
     }
-    lists->n_places = (uint32_t) (next - list);
-    for (uint32_t e = 0; e < lists->n_places; e += 16) {
-        const __m512i lines = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) (list + e)));
-        _mm512_storeu_si512(offsets + e, _mm512_slli_epi32(lines, SPIKE_LINE_SHIFT));
-    }
+    lists->n_places = (uint32_t) (next - lines);
     lists->n_active = (uint32_t) (next_active - active);
 }
 
-const spike_kernels spike_kernels_avx512 = { "avx512", integrate, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512 };
+const spike_kernels spike_kernels_avx512 = { "avx512", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512 };

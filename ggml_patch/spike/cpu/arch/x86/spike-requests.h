@@ -8,12 +8,12 @@
 // The compiler would make one product of a loop's steps.
 #define KEEP_SUM(a) __asm__("" : "+r"(a))
 
-static inline __attribute__((always_inline)) void prefetch_pair(const uint8_t * line) {
+SPIKE_INLINE void prefetch_pair(const uint8_t * line) {
     _mm_prefetch((const char *) line, _MM_HINT_T1);
     _mm_prefetch((const char *) line + SPIKE_LINE_BYTES, _MM_HINT_T1);
 }
 
-static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
+SPIKE_INLINE void prefetch_run(const uint8_t * run, const spike_ahead * ahead, int pairs) {
     prefetch_pair(run);
     prefetch_pair(run + ahead->second);
     if (pairs == 3) {
@@ -22,7 +22,7 @@ static inline __attribute__((always_inline)) void prefetch_run(const uint8_t * r
 }
 
 // A run for the first time, and one again.
-static inline __attribute__((always_inline)) void request(spike_ahead * ahead, int pairs) {
+SPIKE_INLINE void request(spike_ahead * ahead, int pairs) {
     const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
     prefetch_run(next[0], ahead, pairs);
     prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-static inline __attribute__((always_inline)) void transpose8(__m128i x[8]) {
+SPIKE_INLINE void transpose8(__m128i x[8]) {
     __m128i pairs[8], fours[8];
     for (int i = 0; i < 4; i++) { // rows 2*i and 2*i + 1
         pairs[i]     = _mm_unpacklo_epi16(x[2*i], x[2*i + 1]); // columns 0-3
@@ -24,7 +24,7 @@ static inline __attribute__((always_inline)) void transpose8(__m128i x[8]) {
     }
 }
 
-static inline __attribute__((always_inline)) __m128i widen8(const int8_t * values) {
+SPIKE_INLINE __m128i widen8(const int8_t * values) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *) values);
     return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
 }
@@ -47,7 +47,7 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
 }
 
 // Sums of eight rows, 64 tokens each, times 16 to the tokens' potentials.
-static inline __attribute__((always_inline)) void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_t stride, int32_t * potential) {
+SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_t stride, int32_t * potential) {
     for (int t = 0; t < SPIKE_TOKEN_LINE; t += 8) {
         __m128i x[8];
         for (int r = 0; r < 8; r++) {
@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void add_transposed(const int16_t s
 }
 
 // The weights of so many blocks of a row to its sums; the including file has it.
-static inline __attribute__((always_inline)) void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
+SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
 
 static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
     enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
