@@ -10,7 +10,7 @@ namespace spike {
 constexpr int64_t DECODE_CHUNK_BLOCKS = 2;  // a strip's lines of three such chunks (384 KB) stay in the second-level cache
 constexpr int64_t DECODE_SHORT_CHUNK_BLOCKS = 3; // of short inputs: matrices of few chunks, and usually of narrow strips
 constexpr int64_t SHORT_INPUTS        = 1024;
-constexpr int64_t PROMPT_CHUNK_BLOCKS = 16; // a tile's lines and their complements (128 KB) stay in the second-level cache
+constexpr int64_t PROMPT_CHUNK_BLOCKS = 12; // a tile's lines fill six of eight ways of the second-level cache's sets that a full strip leaves them
 
 // Many tokens per matrix (spike-prompt.cpp).
 size_t prompt_scratch_size(int64_t n_inputs);
