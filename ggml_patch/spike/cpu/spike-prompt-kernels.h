@@ -9,6 +9,23 @@ extern "C" {
 
 #define SPIKE_TOKEN_LINE 64 // tokens whose values for one input lie side by side
 
+// Values of a chunk under construction: n of each, a multiple of 64.
+typedef struct {
+    const int8_t *  fine;
+    const int8_t *  coarse;
+    const uint8_t * key; // of inputs whose spikes are to be found: a step, or SPIKE_RARE
+    const uint8_t * line_in_block;
+    int64_t         n;
+} spike_chunk_values;
+
+// Steps of the one or two spikes of a magnitude m (see spike-schedule.h): a fine one's at place m, a coarse one's
+// SPIKE_RARE_COARSE further. 0: none.
+#define SPIKE_RARE        0xFF
+#define SPIKE_RARE_COARSE 32
+typedef struct {
+    uint8_t first[64], second[64];
+} spike_rare_steps;
+
 typedef struct {
     // Copies the lines of n inputs of a tile, the complement of each behind it, and a line of zeros: to[line][64].
     void (*copy_lines)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
@@ -44,7 +61,14 @@ typedef struct {
     // The same for the lines of all inputs of a chunk: input i has line i/64*128 + line_in_block[i]. The list is to hold them
     // times SPIKE_SCHEDULE_SCALE.
     uint32_t (*gather_inputs)(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list);
+
+    // The spikes of all inputs with the key SPIKE_RARE, in any order: lines, as lists hold them, and steps. Returns how many; up to
+    // SPIKE_SCHEDULE_SLACK more places are overwritten.
+    uint32_t (*list_rare)(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);
 } spike_prompt_kernels;
+
+// By gather_inputs of the kernels in use.
+uint32_t spike_list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);
 
 extern const spike_prompt_kernels spike_prompt_kernels_plain_c;
 extern const spike_prompt_kernels spike_prompt_kernels_avx2;

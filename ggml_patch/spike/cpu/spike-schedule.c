@@ -8,8 +8,8 @@
 
 enum {
     MAX_CHUNK = SPIKE_SCHEDULE_CHUNK_BLOCKS*QK_SPK,
+    MAX_RARE = 2*MAX_CHUNK, // spikes
     DIRECT_STEPS = 8,   // magnitudes that are steps of their own; most values have one
-    RARE = 0xFF,        // stands for the magnitude of all others
     MAX_WEIGHT = 31,
     MAX_CHUNKS = SPIKE_MAX_TILED_INPUTS/QK_SPK,
 };
@@ -49,14 +49,6 @@ static inline int step_below(int magnitude, int * rest) {
     return quotient + 4*unit;
 }
 
-// Spikes of the inputs that are no direct steps, in any order.
-typedef struct {
-    uint32_t n;   // a multiple of 64: silent ones, of step 0, make it one
-    int      top; // the largest step; 0 if there are no spikes
-    uint16_t lines[2*MAX_CHUNK + QK_SPK];
-    uint8_t  steps[2*MAX_CHUNK + QK_SPK];
-} rare_spikes;
-
 // Steps of the one or two spikes that make up a magnitude, the second shifted by 8.
 static uint16_t steps_of(int magnitude) {
     int rest, nothing;
@@ -64,24 +56,36 @@ static uint16_t steps_of(int magnitude) {
     return (uint16_t) (first | (rest ? step_below(rest, &nothing) << 8 : 0)); // the rest of up to 16*2^shift is a step itself
 }
 
-// inputs: their lines. steps: of the magnitudes of fine and coarse values.
-static void list_rare(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1],
-                      const uint16_t * inputs, uint32_t n_inputs, rare_spikes * rare) {
-    uint32_t n = 0, top = 0;
+static void set_rare_steps(spike_rare_steps * rare, int place, int magnitude) {
+    const uint16_t steps = steps_of(magnitude);
+    rare->first[place]  = (uint8_t) steps;
+    rare->second[place] = (uint8_t) (steps >> 8);
+}
+
+uint32_t spike_list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps) {
+    uint16_t inputs[MAX_CHUNK + SPIKE_SCHEDULE_SLACK]; // their lines
+    const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
+    const uint32_t n_inputs = kernels->gather_inputs(values->key, values->line_in_block, values->n, SPIKE_RARE, inputs);
+    uint32_t n = 0;
     for (uint32_t e = 0; e < n_inputs; e++) {
-        const uint32_t i        = inputs[e]/(2*SPIKE_SCHEDULE_SCALE);
-        const int      value    = fine[i] + coarse[i]; // one of them is 0
-        const int      negative = -(value < 0);
-        const uint32_t own      = steps[coarse[i] != 0][(value ^ negative) - negative];
-        rare->lines[n] = rare->lines[n + 1] = (uint16_t) (SPIKE_SCHEDULE_SCALE*(2*i - (uint32_t) negative));
-        rare->steps[n]     = (uint8_t) own;
-        rare->steps[n + 1] = (uint8_t) (own >> 8);
-        n  += 1 + (own > UINT8_MAX);
-        top = (own & UINT8_MAX) > top ? own & UINT8_MAX : top;
+        const uint32_t i         = inputs[e]/(2*SPIKE_SCHEDULE_SCALE);
+        const int      value     = values->fine[i] + values->coarse[i]; // one of them is 0
+        const int      magnitude = value < 0 ? -value : value;
+        const int      place     = magnitude + (values->coarse[i] != 0)*SPIKE_RARE_COARSE;
+        lines[n] = lines[n + 1] = inputs[e];
+        steps[n]     = of->first[place];
+        steps[n + 1] = of->second[place];
+        n += 1 + (of->second[place] != 0);
     }
-    memset(rare->steps + n, 0, QK_SPK);
-    rare->n   = (n + QK_SPK - 1)/QK_SPK*QK_SPK;
-    rare->top = (int) top;
+    return n;
+}
+
+SPIKE_CLONES static int largest_of(const uint8_t * steps, uint32_t n) {
+    uint8_t largest = 0;
+    for (uint32_t e = 0; e < n; e++) {
+        largest = steps[e] > largest ? steps[e] : largest;
+    }
+    return largest;
 }
 
 SPIKE_CLONES static uint32_t count_negative(const uint16_t * spikes, uint32_t n) {
@@ -131,34 +135,37 @@ static void set_spill(spike_schedule_step * step, int unit, step_count counted) 
 
 // The program of one class and chunk, or of both classes; fine or coarse may be all zeros. sums: of all its values together.
 // Returns where the lists end.
-SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, uint16_t steps[2][SPIKE_MAX_MAGNITUDE + 1], int64_t n, value_sums sums,
+SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, const spike_rare_steps * of, int64_t n, value_sums sums,
                                            spike_schedule_program * program, uint16_t * spikes, uint32_t next) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
-    uint8_t  magnitude[MAX_CHUNK], line_in_block[MAX_CHUNK];
-    uint16_t rare_inputs[MAX_CHUNK + SPIKE_SCHEDULE_SLACK];
+    uint8_t  key[MAX_CHUNK], line_in_block[MAX_CHUNK]; // magnitudes that are direct steps
+    uint16_t rare_lines[MAX_RARE + SPIKE_SCHEDULE_SLACK];
+    uint8_t  rare_steps[MAX_RARE + SPIKE_SCHEDULE_SLACK];
     for (int64_t b = 0; b < n; b += QK_SPK) {
         for (int i = 0; i < QK_SPK; i++) {
             const int8_t  sign = (int8_t) (fine[b + i] >> 7);
             const uint8_t size = (uint8_t) ((fine[b + i] ^ sign) - sign);
-            magnitude[b + i]     = (uint8_t) (size | -(size > DIRECT_STEPS) | -(coarse[b + i] != 0)); // RARE has all bits set
-            line_in_block[b + i] = (uint8_t) (2*i - sign);
+            key[b + i]           = (uint8_t) (size | -(size > DIRECT_STEPS) | -(coarse[b + i] != 0)); // SPIKE_RARE has all bits set
+            line_in_block[b + i] = (uint8_t) (2*i - (sign | coarse[b + i] >> 7));
         }
     }
-    rare_spikes rare;
-    list_rare(fine, coarse, steps, rare_inputs, kernels->gather_inputs(magnitude, line_in_block, n, RARE, rare_inputs), &rare);
+    const spike_chunk_values values = { fine, coarse, key, line_in_block, n };
+    const uint32_t n_rare = kernels->list_rare(&values, of, rare_lines, rare_steps);
+    memset(rare_steps + n_rare, 0, QK_SPK); // silent ones, to a multiple of 64
+    const int top = largest_of(rare_steps, n_rare);
 
     const uint16_t zero_line = spike_schedule_zero_line(n);
     const bool never_full = sums.magnitudes <= SPIKE_SCHEDULE_MAX_COUNTED; // then only the last step spills, and the sums say all
     uint32_t   n_steps = 0;
     step_count fired = { 0, 0 }, counted = { 0, 0 }, before = { 0, 0 };
     program->first = next;
-    for (int step = rare.top > DIRECT_STEPS ? rare.top : DIRECT_STEPS; step > 0; step--) {
+    for (int step = top > DIRECT_STEPS ? top : DIRECT_STEPS; step > 0; step--) {
         const uint32_t start  = next;
         if (step <= DIRECT_STEPS) {
-            next += kernels->gather_inputs(magnitude, line_in_block, n, (uint8_t) step, spikes + next);
+            next += kernels->gather_inputs(key, line_in_block, n, (uint8_t) step, spikes + next);
         }
-        if (step <= rare.top) {
-            next += kernels->gather_lines(rare.steps, rare.lines, rare.n, (uint8_t) step, spikes + next);
+        if (step <= top) {
+            next += kernels->gather_lines(rare_steps, rare_lines, (n_rare + QK_SPK - 1)/QK_SPK*QK_SPK, (uint8_t) step, spikes + next);
         }
         const uint32_t n_spikes = next - start;
         if (n_spikes == 0 && n_steps == 0) {
@@ -231,11 +238,13 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
         && MAX_WEIGHT*(magnitudes[0] + (magnitudes[1] << shift)) <= INT32_MAX;
     schedule->largest = !schedule->merged ? INT32_MAX : magnitudes[1] > 0 ? SPIKE_MAX_MAGNITUDE << shift : SPIKE_MAX_MAGNITUDE;
 
-    uint16_t steps[SPIKE_SCHEDULE_CLASSES][SPIKE_MAX_MAGNITUDE + 1] = { { 0 } };
+    spike_rare_steps steps = { { 0 }, { 0 } };
     const int unit = schedule->merged ? shift : 0; // of coarse values in a program
     for (int m = 1; m <= SPIKE_MAX_MAGNITUDE; m++) {
-        steps[0][m] = steps_of(m);
-        steps[1][m] = magnitudes[1] > 0 ? steps_of(m << unit) : 0;
+        set_rare_steps(&steps, m, m);
+        if (magnitudes[1] > 0) {
+            set_rare_steps(&steps, SPIKE_RARE_COARSE + m, m << unit);
+        }
     }
     spike_schedule_program * programs = (spike_schedule_program *) (schedule + 1);
     uint16_t * spikes = (uint16_t *) (programs + n_chunks*SPIKE_SCHEDULE_CLASSES);
@@ -246,11 +255,11 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
         if (schedule->merged) {
             const value_sums both = { sums[c][0].sum + (int32_t) ((uint32_t) sums[c][1].sum << shift),
                                       sums[c][0].magnitudes + (sums[c][1].magnitudes << shift) };
-            next = build_program(fine + first, coarse + first, steps, n, both, program, spikes, next);
+            next = build_program(fine + first, coarse + first, &steps, n, both, program, spikes, next);
             program[1].n_steps = 0;
         } else {
-            next = build_program(fine + first, NONE, steps, n, sums[c][0], program, spikes, next);
-            next = build_program(NONE, coarse + first, steps, n, sums[c][1], program + 1, spikes, next);
+            next = build_program(fine + first, NONE, &steps, n, sums[c][0], program, spikes, next);
+            next = build_program(NONE, coarse + first, &steps, n, sums[c][1], program + 1, spikes, next);
         }
     }
 }

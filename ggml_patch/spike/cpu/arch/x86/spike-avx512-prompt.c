@@ -163,6 +163,14 @@ SPIKE_INLINE __m512i scaled(__m512i lines) {
     return _mm512_slli_epi16(lines, 3);
 }
 
+// Bytes, of which `count` are of use, as 16-bit lines of a block.
+SPIKE_INLINE void append_lines(__m512i lines, __m512i first, int count, uint16_t * list) {
+    _mm512_storeu_si512(list, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines)))));
+    if (count > 32) {
+        _mm512_storeu_si512(list + 32, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1)))));
+    }
+}
+
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m512i w = _mm512_set1_epi8((char) wanted);
     const __m512i lines_per_block = _mm512_set1_epi16(2*QK_SPK);
@@ -172,16 +180,42 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
         const __mmask64 found = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(key + i), w);
         const __m512i   lines = _mm512_maskz_compress_epi8(found, _mm512_loadu_si512(line_in_block + i));
         const int       count = (int) __builtin_popcountll(found);
-        _mm512_storeu_si512(next, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(lines)))));
-        if (count > 32) {
-            _mm512_storeu_si512(next + 32, scaled(_mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(lines, 1)))));
-        }
+        append_lines(lines, first, count, next);
         next += count;
         first = _mm512_add_epi16(first, lines_per_block);
     }
     return (uint32_t) (next - list);
 }
 
+static uint32_t list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps) {
+    const __m512i first_of = _mm512_loadu_si512(of->first), second_of = _mm512_loadu_si512(of->second);
+    const __m512i coarse_bit = _mm512_set1_epi8(SPIKE_RARE_COARSE);
+    uint32_t next = 0;
+    for (int64_t i = 0; i < values->n; i += QK_SPK) {
+        const __mmask64 rare = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(values->key + i), _mm512_set1_epi8((char) SPIKE_RARE));
+        if (!rare) {
+            continue;
+        }
+        const __m512i coarse    = _mm512_loadu_si512(values->coarse + i);
+        const __m512i magnitude = _mm512_abs_epi8(_mm512_add_epi8(_mm512_loadu_si512(values->fine + i), coarse)); // one of them is 0
+        const __m512i place     = _mm512_or_si512(magnitude, _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(coarse, coarse), coarse_bit));
+        const __m512i own_place = _mm512_maskz_compress_epi8(rare, place);
+        const __m512i own_line  = _mm512_maskz_compress_epi8(rare, _mm512_loadu_si512(values->line_in_block + i));
+        const __m512i first_line = _mm512_set1_epi16((short) (2*i));
+        const __m512i second    = _mm512_permutexvar_epi8(own_place, second_of); // of what is beyond the last one: that of 0, none
+        const int     n_first   = (int) __builtin_popcountll(rare);
+        append_lines(own_line, first_line, n_first, lines + next);
+        _mm512_storeu_si512(steps + next, _mm512_permutexvar_epi8(own_place, first_of));
+        next += (uint32_t) n_first;
+        const __mmask64 two      = _mm512_test_epi8_mask(second, second);
+        const int       n_second = (int) __builtin_popcountll(two);
+        append_lines(_mm512_maskz_compress_epi8(two, own_line), first_line, n_second, lines + next);
+        _mm512_storeu_si512(steps + next, _mm512_maskz_compress_epi8(two, second));
+        next += (uint32_t) n_second;
+    }
+    return next;
+}
+
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs, list_rare,
 };
