@@ -11,10 +11,8 @@ from spikequant_gguf.host import available_memory
 from .source import Source
 from .structure import Site
 
-__all__ = ["DEFAULT_MEMORY", "MOST_CHUNKS", "Estimate", "default_chunks", "estimate", "needed_memory"]
+__all__ = ["DEFAULT_MEMORY", "Estimate", "default_chunks", "estimate", "needed_memory"]
 
-MOST_CHUNKS = 64
-"""Chunks of text that a small model is calibrated on by default."""
 DEFAULT_MEMORY = 10_000_000_000
 """Bytes that a calibration takes at most by default: larger models get fewer chunks."""
 
@@ -76,12 +74,12 @@ def estimate(
     )
 
 
-def default_chunks(source: Source, names: Collection[str], ctx: int) -> int:
-    """The largest power of two up to MOST_CHUNKS that needs no more than DEFAULT_MEMORY, or 1.
+def default_chunks(source: Source, names: Collection[str], ctx: int, most: int) -> int:
+    """The preset's chunks, or half as many and so on until they need no more than DEFAULT_MEMORY, or 1.
 
     It depends on the model alone: the same input gives the same file on every machine.
     """
-    chunks = MOST_CHUNKS
+    chunks = most
     while chunks > 1 and needed_memory(source, names, chunks * ctx, ctx) > DEFAULT_MEMORY:
         chunks //= 2
     return chunks

@@ -152,16 +152,17 @@ def test_pages_given_back_are_zeros():
 
 
 def test_chunks_depend_on_the_model(tiny_model_f32, monkeypatch):
-    """Half as many until they fit; a small model reads 64."""
+    """Half as many until they fit; a small model reads what the preset wants."""
     with open_gguf(tiny_model_f32, load()) as source:
         names = list(sites_of(tiny_model_f32))
-        assert default_chunks(source, names, 512) == 64
+        for preset in PRESETS.values():
+            assert default_chunks(source, names, 512, preset.chunks) == preset.chunks
         needed = [needed_memory(source, names, chunks * 512, 512) for chunks in (8, 16, 32)]
         assert needed == sorted(set(needed))
         monkeypatch.setattr(estimate, "DEFAULT_MEMORY", needed[1])
-        assert default_chunks(source, names, 512) == 16
+        assert default_chunks(source, names, 512, 64) == 16
         monkeypatch.setattr(estimate, "DEFAULT_MEMORY", 0)
-        assert default_chunks(source, names, 512) == 1
+        assert default_chunks(source, names, 512, 64) == 1
 
 
 def test_moments():
