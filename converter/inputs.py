@@ -21,7 +21,7 @@ __all__ = ["SiteSurvey", "moments", "survey", "token_weights"]
 _SURVEY_STRETCHES = 8
 _SAMPLE = 64  # tokens of the survey that are kept
 _SLICE = 512  # tokens whose inputs are rounded alike: SPIKE_SLICE of spike-quantizer.h
-_SLAB = 4 * _SLICE  # tokens treated at once
+_SLAB = 2 * _SLICE  # tokens treated at once
 _ROWS = 256  # of a square matrix treated at once
 _PARTS = 16  # of the tokens of a survey
 # Squared norm of a token that counts in full, in medians. The activations of a text's first token can be 500
