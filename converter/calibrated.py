@@ -60,7 +60,7 @@ class CalibrationOptions:
         salient_share: of activations on average, where thresholds are chosen; None for the preset's.
         silence: silence threshold of all layers in steps; None for the preset's.
         ctx: tokens of a stretch of text.
-        chunks: stretches, at most as many as the text has; None for what default_chunks() says.
+        chunks: stretches, at most as many as the text has; None for the preset's, or less for a large model.
         threads: None for one per core. They change the time, not the result.
         damping: added to the diagonal of the moments, as a share of its mean.
         correction: share of the predictable deviation of a layer's inputs that its weights make up for.
@@ -312,7 +312,7 @@ def _calibrate(
     ]
     found = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
     sites = {name: site for site in found for name in site.readers}
-    chunks = options.chunks or default_chunks(source, plain + experts, options.ctx)
+    chunks = options.chunks or default_chunks(source, plain + experts, options.ctx, options.chosen.chunks)
     with Model(path, ctx_size=_TEXT_TOKENS, threads=threads) as model:
         tokens = calibration_stretches(model, text.data, text.name, options.ctx, chunks)
 

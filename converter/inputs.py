@@ -20,7 +20,8 @@ __all__ = ["SiteSurvey", "moments", "survey", "token_weights"]
 
 _SURVEY_STRETCHES = 8
 _SAMPLE = 64  # tokens of the survey that are kept
-_SLAB = 1024  # tokens treated at once, a multiple of 256
+_SLICE = 512  # tokens whose inputs are rounded alike: SPIKE_SLICE of spike-quantizer.h
+_SLAB = 2 * _SLICE  # tokens treated at once
 _ROWS = 256  # of a square matrix treated at once
 _PARTS = 16  # of the tokens of a survey
 # Squared norm of a token that counts in full, in medians. The activations of a text's first token can be 500
@@ -30,12 +31,17 @@ _LARGEST = 10.0
 _FUNCTIONS = {
     "spike_prepare_inputs": (
         None,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        + (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+    ),
+    "spike_round_inputs": (
+        None,
         (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     ),
     "spike_add_products": (
         None,
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_bool)
-        + (ctypes.c_void_p, ctypes.c_int),
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        + (ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p, ctypes.c_int),
     ),
 }
 
@@ -124,27 +130,40 @@ def moments(
         Weighted mean of seen seenᵀ, and of seen (x - seen)ᵀ, both float32[n_in, n_in]; see token_weights.
     """
     bind(library.cpu, _FUNCTIONS)
-    weights = token_weights(x)[:, None]
+    n_tokens, n_in = seen.shape
+    weights = token_weights(x)
+    slab = max(1, min(_SLAB, n_tokens))
+    slices = -(-slab // _SLICE)
+    own_rows, other_rows = np.empty((2, slab, n_in), np.float32)
+    own_codes, other_codes = np.empty((2, slices, _SLICE * n_in), np.int16)
+    own_steps, other_steps = np.empty((2, slices, n_in), np.float32)
 
-    def prepared(values: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        part = values[start : start + _SLAB]
-        result = np.empty_like(part)
+    def prepare(values: NDArray[np.float32], start: int, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        part = values[start : start + slab]
         scaled = None if factors is None else factors.ctypes.data
-        library.cpu.spike_prepare_inputs(part.ctypes.data, *part.shape, scaled, result.ctypes.data, threads)
-        result *= weights[start : start + _SLAB]
-        return result
+        library.cpu.spike_prepare_inputs(
+            part.ctypes.data, *part.shape, scaled, weights[start:].ctypes.data, rows.ctypes.data, threads
+        )
+        return rows[: len(part)]
+
+    def in_integers(
+        rows: NDArray[np.float32], codes: NDArray[np.int16], steps: NDArray[np.float32]
+    ) -> tuple[int, int]:
+        library.cpu.spike_round_inputs(
+            rows.ctypes.data, *rows.shape, codes.ctypes.data, steps.ctypes.data, threads
+        )
+        return codes.ctypes.data, steps.ctypes.data
 
     def mean(symmetric: bool) -> NDArray[np.float32]:
-        n_tokens, n_in = seen.shape
         sums = np.zeros((n_in, n_in))
-        for start in range(0, n_tokens, _SLAB):
-            left = right = prepared(seen, start)
+        for start in range(0, n_tokens, slab):
+            rows = prepare(seen, start, own_rows)
+            left = right = in_integers(rows, own_codes, own_steps)
             if not symmetric:
-                right = prepared(x, start)
-                right -= left
-            library.cpu.spike_add_products(
-                left.ctypes.data, right.ctypes.data, *left.shape, symmetric, sums.ctypes.data, threads
-            )
+                others = prepare(x, start, other_rows)
+                others -= rows
+                right = in_integers(others, other_codes, other_steps)
+            library.cpu.spike_add_products(*left, *right, *rows.shape, symmetric, sums.ctypes.data, threads)
         return _mean(sums, n_tokens, symmetric)
 
     # one after the other: sums in double precision are the largest arrays of all

@@ -1,4 +1,4 @@
-"""Presets of accuracy and sparseness, and the choice of salience thresholds for a share of salient values."""
+"""Presets of accuracy, sparseness and time, and salience thresholds for a share of salient values."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ class Preset:
         salient_share: of activations, on average over all inputs of linear layers.
         salient_weights: per block of 64, 0 to 2.
         silence: silence threshold in steps.
+        chunks: of text to calibrate a small model on.
     """
 
     salient_share: float
     salient_weights: int = 2
     silence: float = DEFAULT_SILENCE
+    chunks: int = 128
 
 
 PRESETS = {
-    "fast": Preset(salient_share=0.08, salient_weights=1, silence=0.6),
+    "fast": Preset(salient_share=0.08, salient_weights=1, silence=0.6, chunks=64),
     "balanced": Preset(salient_share=0.12),
-    "accurate": Preset(salient_share=0.30),
+    "accurate": Preset(salient_share=0.30, chunks=256),
 }
 
 

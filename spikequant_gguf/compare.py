@@ -111,6 +111,7 @@ def compare_types(
     *,
     imatrix: str | Path | None = None,
     calibration: str | Path | None = None,
+    calibration_chunks: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     **options: object,
@@ -122,6 +123,7 @@ def compare_types(
         types: names as of `Variants.make`.
         imatrix: importance matrix for the quantizers.
         calibration: text to calibrate SPK4 on; None for the converter's default.
+        calibration_chunks: of that text; None for the converter's default.
         options: ctx, chunks, rounds, prompt, decode as of `compare`.
 
     Raises:
@@ -131,7 +133,14 @@ def compare_types(
     progress = progress or SilentProgress()
     threads = threads if threads is not None else default_threads()
     checked = as_text(text)  # before the long work begins
-    variants = Variants(source, imatrix=imatrix, calibration=calibration, threads=threads, progress=progress)
+    variants = Variants(
+        source,
+        imatrix=imatrix,
+        calibration=calibration,
+        calibration_chunks=calibration_chunks,
+        threads=threads,
+        progress=progress,
+    )
     if REFERENCE_TYPE in wanted:
         wanted.remove(REFERENCE_TYPE)
     wanted.insert(0, REFERENCE_TYPE)

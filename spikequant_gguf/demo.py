@@ -21,6 +21,7 @@ __all__ = ["DEFAULT_CHUNKS", "DEFAULT_PROMPT", "DemoResult", "demo"]
 DEFAULT_CHUNKS = 8
 DEFAULT_PROMPT = "In one sentence: what does a neuron do?"
 _SENTENCE_TOKENS = 64
+_CALIBRATION_CHUNKS = 64  # half of the converter's default: a demo is to be short
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def demo(
         source = Path(model)
         say(f"1. The model: {source.name}.")
     say("2. Its F16 version is the reference, and its linear layers become spiking neurons: SPK4.")
-    spike_model = Variants(source, threads=threads, progress=progress).make(SPIKE_TYPE)
+    variants = Variants(source, calibration_chunks=_CALIBRATION_CHUNKS, threads=threads, progress=progress)
+    spike_model = variants.make(SPIKE_TYPE)
     say(f"3. It writes a sentence, by additions only (kernel: {runtime.kernel}).")
     sentence = generate(
         spike_model,
@@ -101,6 +103,13 @@ def demo(
             f"set {DATA_VARIABLE} to a folder with {EVALUATION_FILE})"
         )
     comparison = compare_types(
-        source, DEFAULT_TYPES, evaluated, chunks=chunks, rounds=rounds, threads=threads, progress=progress
+        source,
+        DEFAULT_TYPES,
+        evaluated,
+        calibration_chunks=_CALIBRATION_CHUNKS,
+        chunks=chunks,
+        rounds=rounds,
+        threads=threads,
+        progress=progress,
     )
     return DemoResult(source, spike_model, sentence, comparison)

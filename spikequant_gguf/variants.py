@@ -76,6 +76,7 @@ class Variants:
         source: GGUF file; of floats, or of a stock quantized type, which is dequantized first.
         imatrix: importance matrix for all quantizers, or None.
         calibration: text to calibrate SPK4 on; None for the converter's default.
+        calibration_chunks: of that text; None for the converter's default.
         threads: that quantize.
 
     Raises:
@@ -88,12 +89,14 @@ class Variants:
         *,
         imatrix: str | Path | None = None,
         calibration: str | Path | None = None,
+        calibration_chunks: int | None = None,
         threads: int,
         progress: Progress | None = None,
     ) -> None:
         self.source = Path(source)
         self.imatrix = None if imatrix is None else Path(imatrix)
         self._calibration = None if calibration is None else read_text(calibration)
+        self._calibration_chunks = calibration_chunks
         self._threads = threads
         self._progress = progress or SilentProgress()
         if self.source.is_dir():
@@ -145,6 +148,8 @@ class Variants:
             parts += [__version__, info.patch_id or "", _converter_digest()]
             if self._calibration is not None:
                 parts.append(self._calibration.sha256)
+            if self._calibration_chunks is not None:
+                parts.append(f"{self._calibration_chunks} chunks")
         return short_hash(*parts)[:8]
 
     def _quantize(self, origin: Path, out: Path, kind: str) -> None:
@@ -178,12 +183,15 @@ class Variants:
         from .converter.calibrated import CalibrationOptions, calibration
 
         self._progress.step("convert", f"{SPIKE_TYPE.upper()}, {preset}")
+        options = CalibrationOptions(
+            self._calibration, preset, chunks=self._calibration_chunks, threads=self._threads
+        )
         convert(
             origin,
             out,
             ConvertOptions(importance=self.imatrix, threads=self._threads, resume=False),
             ConverterProgress(self._progress),
-            calibrate=calibration(CalibrationOptions(self._calibration, preset, threads=self._threads)),
+            calibrate=calibration(options),
         )
 
 

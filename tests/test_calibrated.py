@@ -152,16 +152,17 @@ def test_pages_given_back_are_zeros():
 
 
 def test_chunks_depend_on_the_model(tiny_model_f32, monkeypatch):
-    """Half as many until they fit; a small model reads 64."""
+    """Half as many until they fit; a small model reads what the preset wants."""
     with open_gguf(tiny_model_f32, load()) as source:
         names = list(sites_of(tiny_model_f32))
-        assert default_chunks(source, names, 512) == 64
+        for preset in PRESETS.values():
+            assert default_chunks(source, names, 512, preset.chunks) == preset.chunks
         needed = [needed_memory(source, names, chunks * 512, 512) for chunks in (8, 16, 32)]
         assert needed == sorted(set(needed))
         monkeypatch.setattr(estimate, "DEFAULT_MEMORY", needed[1])
-        assert default_chunks(source, names, 512) == 16
+        assert default_chunks(source, names, 512, 64) == 16
         monkeypatch.setattr(estimate, "DEFAULT_MEMORY", 0)
-        assert default_chunks(source, names, 512) == 1
+        assert default_chunks(source, names, 512, 64) == 1
 
 
 def test_moments():
@@ -171,9 +172,29 @@ def test_moments():
     a, b = (rotate(values * factors).astype(np.float64) for values in (x, seen))
     results = [moments(x, seen, factors, load(), threads) for threads in (1, 3)]
     own, cross = results[0]
-    assert np.allclose(own, b.T @ b / len(b), rtol=1e-5, atol=1e-5)
-    assert np.allclose(cross, b.T @ (a - b) / len(b), rtol=1e-5, atol=1e-5)
+    assert own == pytest.approx(b.T @ b / len(b), abs=1e-4)  # inputs are rounded to 12 bits
+    assert cross == pytest.approx(b.T @ (a - b) / len(b), abs=1e-4)
+    assert np.array_equal(own, own.T)
     assert np.array_equal(own, results[1][0]) and np.array_equal(cross, results[1][1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 511, 513, 2049])
+def test_moments_of_any_number_of_tokens(tokens):
+    """Sums are taken of pairs, slices and slabs of tokens; channels may differ by any factor."""
+    rng = np.random.default_rng(tokens)
+    x, seen = (rng.standard_normal((2, tokens, 128)) * 10.0 ** rng.integers(-6, 6, 128)).astype(np.float32)
+    seen[:, 64:] = 0
+    b = rotate(seen).astype(np.float64) * token_weights(x)[:, None]
+    own, _ = moments(x, seen, None, load(), 2)
+    size = np.sqrt(np.diag(b.T @ b))
+    assert np.all(np.abs(own * tokens - b.T @ b) <= 2e-3 * np.outer(size, size))
+
+
+def test_moments_of_values_that_are_not_finite():
+    x = np.ones((600, 64), np.float32)
+    x[550, 3] = np.inf
+    own, _ = moments(np.ones_like(x), x, None, load(), 1)
+    assert not np.isfinite(own).any()
 
 
 def test_massive_activations_do_not_take_over_the_moments():

@@ -191,7 +191,7 @@ def test_versions_are_made_once(
     assert {kind: again.make(kind.upper()) for kind in paths} == paths
 
 
-def test_versions_depend_on_source_importance_and_converter(
+def test_versions_depend_on_source_importance_calibration_and_converter(
     runtime: RuntimeInfo,
     tiny_model_factory: Callable[..., Path],
     cache: Path,
@@ -206,6 +206,9 @@ def test_versions_depend_on_source_importance_and_converter(
     assert plain._folder == weighted._folder != other._folder
     assert plain._settings("q4_0") != weighted._settings("q4_0")
     assert plain._settings("f16") == weighted._settings("f16")
+    shorter = Variants(tiny_model_factory(), calibration_chunks=2, threads=1)
+    assert plain._settings("q4_0") == shorter._settings("q4_0")
+    assert plain._settings("spk4") != shorter._settings("spk4")
     before = plain._settings("spk4")
     monkeypatch.setattr(variants_module, "_converter_digest", lambda: "changed")
     assert plain._settings("spk4") != before

@@ -216,12 +216,16 @@ class quantizer {
 
     // Marks the inputs whose codes may be extended during GPTQ: the largest magnitudes of each block.
     void mark_salient(const float * w, std::vector<float> & reach) const {
+        std::fill(reach.begin(), reach.end(), 0.0f);
         for (int64_t b = 0; b < n; b += QK_SPK) {
-            int largest[QK_SPK];
-            std::iota(largest, largest + QK_SPK, 0);
-            std::stable_sort(largest, largest + QK_SPK, [&](int i, int j) { return std::fabs(w[b + i]) > std::fabs(w[b + j]); });
-            for (int s = 0; s < QK_SPK; s++) {
-                reach[b + largest[s]] = s < options.salient_weights ? EXTENSION : 0.0f;
+            for (int s = 0; s < options.salient_weights; s++) {
+                int64_t largest = -1;
+                for (int64_t i = b; i < b + QK_SPK; i++) {
+                    if (reach[i] == 0.0f && (largest < 0 || std::fabs(w[i]) > std::fabs(w[largest]))) {
+                        largest = i;
+                    }
+                }
+                reach[largest] = EXTENSION;
             }
         }
     }

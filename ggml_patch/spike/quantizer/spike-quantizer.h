@@ -12,12 +12,19 @@ extern "C" {
 
 // ---- inputs of a layer and sums of their products (spike-inputs.cpp)
 
-// Rows of n floats as the layer's weights meet them: times factors (NULL for none), and rotated.
-GGML_BACKEND_API void spike_prepare_inputs(const float * x, int64_t n_tokens, int64_t n, const float * factors, float * y, int n_threads);
+// Rows of n floats as the layer's weights meet them: times factors of the channels (NULL for none), rotated, times weights of the tokens.
+GGML_BACKEND_API void spike_prepare_inputs(const float * x, int64_t n_tokens, int64_t n, const float * factors, const float * weights, float * y,
+                                           int n_threads);
+
+#define SPIKE_SLICE INT64_C(512) // tokens that are rounded alike
+
+// Codes of 12 bits for each slice of the tokens, and the step of each of its channels: SPIKE_SLICE*n codes and n steps a slice,
+// whether or not the last one is full.
+GGML_BACKEND_API void spike_round_inputs(const float * x, int64_t n_tokens, int64_t n, int16_t * codes, float * steps, int n_threads);
 
 // sum[i][j] += a[t][i]*b[t][j] over the tokens, n x n; if symmetric only for j <= i, rounded up to tiles of 64.
-GGML_BACKEND_API void spike_add_products(const float * a, const float * b, int64_t n_tokens, int64_t n, bool symmetric, double * sum,
-                                         int n_threads);
+GGML_BACKEND_API void spike_add_products(const int16_t * a, const float * a_steps, const int16_t * b, const float * b_steps, int64_t n_tokens,
+                                         int64_t n, bool symmetric, double * sum, int n_threads);
 
 // ---- codes (spike-calibrated.cpp)
 
