@@ -10,7 +10,6 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
-#include <algorithm>
 #include <cstring>
 
 namespace spike {

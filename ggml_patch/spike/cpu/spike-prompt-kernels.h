@@ -39,7 +39,7 @@ typedef struct {
 
     // Over lines of half a tile, with half of the work.
     void (*integrate_half_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                           int32_t potential[SPIKE_HALF_TILE]);
+                                    int32_t potential[SPIKE_HALF_TILE]);
 
     // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
     int64_t tokens_for_lines;

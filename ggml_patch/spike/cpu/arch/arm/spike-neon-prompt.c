@@ -102,7 +102,7 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
 }
 
 static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                           int32_t potential[SPIKE_HALF_TILE]) {
+                                    int32_t potential[SPIKE_HALF_TILE]) {
     run_schedule(lines, VECTORS/2, program, spikes, potential);
 }
 
