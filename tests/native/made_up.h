@@ -148,7 +148,7 @@ static inline void schedule_potentials(const spike_prompt_kernels * with, const 
         (half ? with->copy_half : with->copy_lines)(from.first + (size_t) first*from.stride, from.stride, n, lines);
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
             (half ? with->integrate_half_schedule : with->integrate_schedule)(lines, spike_schedule_program_of(schedule, k, c),
-                                                                     spike_schedule_spikes(schedule), potential + k*SPIKE_TILE_ROWS);
+                                                                              spike_schedule_spikes(schedule), potential + k*SPIKE_TILE_ROWS);
         }
         free(lines);
     }

@@ -10,7 +10,8 @@ spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows) {
     layout.n_tiles  = (n_rows + SPIKE_TILE_ROWS - 1)/SPIKE_TILE_ROWS;
     const int64_t in_last = n_rows - (layout.n_tiles - 1)*SPIKE_TILE_ROWS;
     layout.n_whole_tiles = layout.n_tiles - (in_last <= SPIKE_HALF_TILE);
-    layout.salient_offset = (size_t) (layout.n_whole_tiles*(n_inputs + 1))*SPIKE_LINE_BYTES + (size_t) ((layout.n_tiles - layout.n_whole_tiles)*(n_inputs + 2))*SPIKE_HALF_LINE;
+    layout.salient_offset = (size_t) (layout.n_whole_tiles*(n_inputs + 1))*SPIKE_LINE_BYTES
+        + (size_t) ((layout.n_tiles - layout.n_whole_tiles)*(n_inputs + 2))*SPIKE_HALF_LINE; // with an unused line, to a multiple of 64
     layout.header_offset  = layout.salient_offset
         + (size_t) (layout.n_tiles*layout.n_blocks)*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
     layout.size = layout.header_offset + (size_t) (layout.n_tiles*SPIKE_TILE_ROWS)*sizeof(uint16_t);

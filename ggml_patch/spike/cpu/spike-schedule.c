@@ -49,17 +49,11 @@ static inline int step_below(int magnitude, int * rest) {
     return quotient + 4*unit;
 }
 
-// Steps of the one or two spikes that make up a magnitude, the second shifted by 8.
-static uint16_t steps_of(int magnitude) {
-    int rest, nothing;
-    const int first = step_below(magnitude, &rest);
-    return (uint16_t) (first | (rest ? step_below(rest, &nothing) << 8 : 0)); // the rest of up to 16*2^shift is a step itself
-}
-
+// Steps of the one or two spikes that make up a magnitude.
 static void set_rare_steps(spike_rare_steps * rare, int place, int magnitude) {
-    const uint16_t steps = steps_of(magnitude);
-    rare->first[place]  = (uint8_t) steps;
-    rare->second[place] = (uint8_t) (steps >> 8);
+    int rest, nothing;
+    rare->first[place]  = (uint8_t) step_below(magnitude, &rest);
+    rare->second[place] = (uint8_t) (rest ? step_below(rest, &nothing) : 0); // the rest of up to 16*2^shift is a step itself
 }
 
 uint32_t spike_list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps) {
@@ -138,7 +132,7 @@ static void set_spill(spike_schedule_step * step, int unit, step_count counted) 
 SPIKE_CLONES static uint32_t build_program(const int8_t * fine, const int8_t * coarse, const spike_rare_steps * of, int64_t n, value_sums sums,
                                            spike_schedule_program * program, uint16_t * spikes, uint32_t next) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
-    uint8_t  key[MAX_CHUNK], line_in_block[MAX_CHUNK]; // magnitudes that are direct steps
+    uint8_t  key[MAX_CHUNK], line_in_block[MAX_CHUNK];
     uint16_t rare_lines[MAX_RARE + SPIKE_SCHEDULE_SLACK];
     uint8_t  rare_steps[MAX_RARE + SPIKE_SCHEDULE_SLACK];
     for (int64_t b = 0; b < n; b += QK_SPK) {

@@ -31,7 +31,7 @@ SPIKE_INLINE void flush16(uint8x16_t sums, uint16x8_t current[2], int negative) 
 
 // vectors: of a line, known when this is compiled.
 SPIKE_INLINE const uint32_t * add_list(const uint8_t * lines, int vectors, const uint32_t * offsets, int n,
-                                                                       lanes * current, int negative) {
+                                       lanes * current, int negative) {
     while (n > 0) {
         int group = n < SPIKES_PER_BYTE_SUM ? n : SPIKES_PER_BYTE_SUM;
         n -= group;
@@ -66,8 +66,7 @@ SPIKE_INLINE void spill8(uint16x8_t sum, uint16x8_t correction, int32_t * potent
     vst1q_s32(potential + 4, vaddw_high_s16(vld1q_s32(potential + 4), true_sum));
 }
 
-SPIKE_INLINE void run_program(const uint8_t * lines, int vectors, const spike_program * program,
-                                                              const uint32_t * offsets, int32_t * potential) {
+SPIKE_INLINE void run_program(const uint8_t * lines, int vectors, const spike_program * program, const uint32_t * offsets, int32_t * potential) {
     lanes current, sum;
     memset(&current, 0, sizeof(current));
     memset(&sum, 0, sizeof(sum));

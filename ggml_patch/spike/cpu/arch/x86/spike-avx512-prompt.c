@@ -1,5 +1,6 @@
-// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: a line is one vector. The arithmetic is that of spike-schedule-256.h.
+// AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: a line is one vector.
 #include "spike-schedule-256.h"
+#include "spike-sums-512.h"
 #include "spike-token-lines.h"
 
 #include <string.h>
@@ -18,106 +19,46 @@ static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t *
     memset(to, 0, SPIKE_LINE_BYTES);
 }
 
-// 16-bit sums of 64 rows.
-typedef struct {
-    __m512i even, odd;
-} lanes;
-
-typedef struct {
-    lanes low, high;
-} tile_lanes;
-
-// The compiler would reorder the chain of additions and then run out of registers.
-#define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
-
-// SPIKE_SCHEDULE_UNIT spikes to the sums in bytes.
-SPIKE_INLINE void add_unit(const uint8_t * lines, const uint16_t * spikes, __m512i * both, __m512i * upper) {
-    for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
-        __m512i y = _mm512_loadu_si512(spike_schedule_line(lines, SPIKE_LINE_BYTES, spikes[e]));
-        __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
-        *both  = _mm512_add_epi8(*both,  y);
-        *upper = _mm512_add_epi8(*upper, _mm512_srli_epi16(y, 4));
-        KEEP_ORDER(*both, *upper);
-    }
-}
-
-SPIKE_INLINE void widen(__m512i bytes, lanes * current) {
-    current->even = _mm512_add_epi16(current->even, bytes);
-    current->odd  = _mm512_add_epi16(current->odd,  _mm512_srli_epi16(bytes, 8));
-}
-
 // Up to 16 spikes of a step to the currents.
-SPIKE_INLINE void add_group(const uint8_t * lines, const uint16_t * spikes, int n_units, tile_lanes * current) {
+SPIKE_INLINE void add_group(const uint8_t * lines, const uint16_t * spikes, int n, tile512 * current) {
     __m512i both = _mm512_setzero_si512(), upper = both;
-    if (n_units == FULL_UNITS) {
-        for (int u = 0; u < FULL_UNITS; u++) {
-            add_unit(lines, spikes + u*SPIKE_SCHEDULE_UNIT, &both, &upper);
+    if (n == SPIKES_PER_BYTE_SUM) {
+        for (int e = 0; e < SPIKES_PER_BYTE_SUM; e++) {
+            add_line512(spike_schedule_line(lines, SPIKE_LINE_BYTES, spikes[e]), &both, &upper);
         }
     } else {
         do {
-            add_unit(lines, spikes, &both, &upper);
+            for (int e = 0; e < SPIKE_SCHEDULE_UNIT; e++) {
+                add_line512(spike_schedule_line(lines, SPIKE_LINE_BYTES, spikes[e]), &both, &upper);
+            }
             spikes += SPIKE_SCHEDULE_UNIT;
-        } while (--n_units > 0);
+            n      -= SPIKE_SCHEDULE_UNIT;
+        } while (n > 0);
     }
-    const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
-    const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
-    widen(_mm512_sub_epi8(both,  high_spilled), &current->low);
-    widen(_mm512_sub_epi8(upper, low_spilled),  &current->high);
-}
-
-SPIKE_INLINE void grow_lanes(lanes * sum, const lanes * by) {
-    sum->even = _mm512_add_epi16(sum->even, by->even);
-    sum->odd  = _mm512_add_epi16(sum->odd,  by->odd);
-}
-
-SPIKE_INLINE void grow(tile_lanes * sum, const tile_lanes * by) {
-    grow_lanes(&sum->low,  &by->low);
-    grow_lanes(&sum->high, &by->high);
-}
-
-SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift) {
-    _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_sll_epi32(_mm512_cvtepi16_epi32(sums), shift)));
-}
-
-// 64 rows, even and odd ones apart, to 32 bits.
-SPIKE_INLINE void spill(lanes * sum, const spike_schedule_step * step, int32_t * potential) {
-    const __m512i correction = _mm512_set1_epi16((int16_t) step->correction);
-    const __m128i shift = _mm_cvtsi32_si128(step->shift);
-    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
-    const __m512i o = _mm512_sub_epi16(sum->odd, correction);
-    const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
-    const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
-    const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
-    const __m512i second_half = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
-    accumulate16(potential,      _mm512_castsi512_si256(first_half), shift);
-    accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1), shift);
-    accumulate16(potential + 32, _mm512_castsi512_si256(second_half), shift);
-    accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1), shift);
-    sum->even = sum->odd = _mm512_setzero_si512();
+    flush512(both, upper, false, current);
 }
 
 static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]) {
-    const lanes silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-    tile_lanes current = { silent, silent }, sum = current;
+    const lanes512 silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    tile512 current = { silent, silent }, sum = current;
     spikes += program->first;
     const spike_schedule_step * step = program->steps;
     for (const spike_schedule_step * end = step + program->n_steps; step < end; step++) {
         int left = step->n_spikes;
         for (; left >= SPIKES_PER_BYTE_SUM; left -= SPIKES_PER_BYTE_SUM) {
-            add_group(lines, spikes, FULL_UNITS, &current);
+            add_group(lines, spikes, SPIKES_PER_BYTE_SUM, &current);
             spikes += SPIKES_PER_BYTE_SUM;
         }
         if (left > 0) {
-            add_group(lines, spikes, left/SPIKE_SCHEDULE_UNIT, &current);
+            add_group(lines, spikes, left, &current);
             spikes += left;
         }
-        grow(&sum, &current);
+        grow512(&sum, &current);
         if (step->action == SPIKE_DOUBLE) {
-            grow(&sum, &sum);
+            grow512(&sum, &sum);
         } else if (step->action == SPIKE_SPILL) {
-            spill(&sum.low,  step, potential);
-            spill(&sum.high, step, potential + 64);
+            spill512(&sum, step->correction, step->shift, potential);
         }
     }
 }

@@ -1,7 +1,7 @@
-// AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector. The arithmetic is that of spike-program-256.h.
+// AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector.
 #include "spike-program-256.h"
+#include "spike-sums-512.h"
 
-#include <immintrin.h>
 #include <string.h>
 
 static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
@@ -9,36 +9,16 @@ static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
 };
 
-// 16-bit sums of 64 rows.
-typedef struct {
-    __m512i even, odd;
-} lanes;
-
-#define KEEP_ORDER(a, b) __asm__("" : "+v"(a), "+v"(b))
-
-SPIKE_INLINE __m512i add16(__m512i a, __m512i b, bool negative) {
-    return negative ? _mm512_sub_epi16(a, b) : _mm512_add_epi16(a, b);
-}
-
-SPIKE_INLINE void widen(__m512i bytes, bool negative, lanes * current) {
-    current->even = add16(current->even, bytes, negative);
-    current->odd  = add16(current->odd,  _mm512_srli_epi16(bytes, 8), negative);
-}
-
 // With ahead NULL nothing is requested. Whether it is, negative and pairs are known when this is compiled.
-SPIKE_INLINE const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, bool negative, lanes * low, lanes * high,
-                                 spike_ahead * ahead, int pairs) {
+SPIKE_INLINE const uint32_t * add_list(const uint8_t * lines, const uint32_t * offsets, int n, bool negative, tile512 * current,
+                                       spike_ahead * ahead, int pairs) {
     while (n > 0) {
         int group = n < SPIKES_PER_BYTE_SUM ? n : SPIKES_PER_BYTE_SUM;
         n -= group;
         __m512i both = _mm512_setzero_si512(), upper = both;
         do {
             for (int e = 0; e < SPIKE_LIST_UNIT; e++) {
-                __m512i y = _mm512_loadu_si512(lines + offsets[e]);
-                __asm__("" : "+v"(y)); // loaded once, not by each of its two uses
-                both  = _mm512_add_epi8(both,  y);
-                upper = _mm512_add_epi8(upper, _mm512_srli_epi16(y, 4));
-                KEEP_ORDER(both, upper);
+                add_line512(lines + offsets[e], &both, &upper);
             }
             if (ahead) {
                 request(ahead, pairs);
@@ -46,53 +26,23 @@ SPIKE_INLINE const uint32_t * add_list(const uint8_t * lines, const uint32_t * o
             offsets += SPIKE_LIST_UNIT;
             group   -= SPIKE_LIST_UNIT;
         } while (group > 0);
-        const __m512i high_spilled = _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi8(15)), 4);
-        const __m512i low_spilled  = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(0xF0));
-        widen(_mm512_sub_epi8(both,  high_spilled), negative, low);
-        widen(_mm512_sub_epi8(upper, low_spilled),  negative, high);
+        flush512(both, upper, negative, current);
     }
     return offsets;
 }
 
-SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums) {
-    _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_cvtepi16_epi32(sums)));
-}
-
-// 64 rows, even and odd ones apart, to 32 bits.
-SPIKE_INLINE void spill(lanes * sum, __m512i correction, int32_t * potential) {
-    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
-    const __m512i o = _mm512_sub_epi16(sum->odd, correction);
-    const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
-    const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
-    const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
-    const __m512i second_half = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
-    accumulate16(potential,      _mm512_castsi512_si256(first_half));
-    accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1));
-    accumulate16(potential + 32, _mm512_castsi512_si256(second_half));
-    accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1));
-    sum->even = sum->odd = _mm512_setzero_si512();
-}
-
-SPIKE_INLINE void grow(lanes * sum, const lanes * by) {
-    sum->even = _mm512_add_epi16(sum->even, by->even);
-    sum->odd  = _mm512_add_epi16(sum->odd,  by->odd);
-}
-
 SPIKE_INLINE void run_program(const uint8_t * lines, const spike_program * program, const uint32_t * offsets, int32_t potential[SPIKE_TILE_ROWS],
-                        spike_ahead * ahead, int pairs) {
-    const lanes silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-    lanes low = silent, high = silent, low_sum = silent, high_sum = silent;
+                              spike_ahead * ahead, int pairs) {
+    const lanes512 silent = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    tile512 current = { silent, silent }, sum = current;
     offsets += program->first;
     for (int s = 0; s < program->n_steps; s++) {
         const spike_step * step = &program->steps[s];
-        offsets = add_list(lines, offsets, step->n_positive, false, &low, &high, ahead, pairs);
-        offsets = add_list(lines, offsets, step->n_negative, true,  &low, &high, ahead, pairs);
-        grow(&low_sum,  &low);
-        grow(&high_sum, &high);
+        offsets = add_list(lines, offsets, step->n_positive, false, &current, ahead, pairs);
+        offsets = add_list(lines, offsets, step->n_negative, true,  &current, ahead, pairs);
+        grow512(&sum, &current);
         if (step->spill) {
-            const __m512i correction = _mm512_set1_epi16(step->correction);
-            spill(&low_sum,  correction, potential);
-            spill(&high_sum, correction, potential + 64);
+            spill512(&sum, step->correction, 0, potential);
         }
     }
 }
