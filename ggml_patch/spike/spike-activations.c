@@ -104,12 +104,8 @@ static inline int32_t magnitude_bits(float x) {
 
 // v: the token, rotated if that is wanted.
 SPIKE_INLINE spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
-    spike_magnitudes found = { 0, 0, 0.0f };
+    spike_magnitudes found = { 0, 0.0f };
     memcpy(v, x, (size_t) n*sizeof(float));
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t bits = magnitude_bits(v[i]);
-        found.largest_input = bits > found.largest_input ? bits : found.largest_input;
-    }
     for (int64_t b = 0; rotated && b < n; b += QK_SPK) {
         spike_rotate_block(v + b);
     }
@@ -192,7 +188,7 @@ SPIKE_INLINE void encode(const float * x, block_spka * y, int64_t n, const spike
     const spike_vector_encoder * vector = spike_select_encoder();
     const spike_magnitudes magnitudes = vector ? vector->rotate_token(x, v, n, params->rotated) : rotate_token(x, v, n, params->rotated);
     const int32_t top_bits = magnitudes.top;
-    if (magnitudes.largest_input >= INFINITE_BITS || top_bits >= INFINITE_BITS) { // the rotation may overflow, too
+    if (top_bits >= INFINITE_BITS) { // an input, or what the rotation made of inputs
         encode_nothing(y, pack ? n_blocks : 1, params, quiet_nan());
         if (values) {
             memset(values, 0, 2*(size_t) n);

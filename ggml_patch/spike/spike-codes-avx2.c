@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define VECTORS __attribute__((target("avx2,popcnt")))
+#define VECTORS __attribute__((target("avx2,fma,popcnt")))
 
 enum { LANES = 8 };
 
@@ -38,15 +38,15 @@ VECTORS static inline __m256i keys_of(__m256 x) {
 // ---- rotation
 
 // A stage within vectors: each value and its partner, whose order `swapped` gives. The upper of the two changes its sign, as in
-// spike-rotation.c.
+// spike-rotation.c. A product with 1 or -1 is exact, so that the multiply-add rounds as an addition does.
 VECTORS static inline __m256 add_partner(__m256 v, __m256 swapped, __m256 signs) {
-    return _mm256_add_ps(swapped, _mm256_xor_ps(v, signs));
+    return _mm256_fmadd_ps(v, signs, swapped);
 }
 
 VECTORS static inline void rotate_block(__m256 v[8]) {
-    const __m256 odd   = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
-    const __m256 pairs = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
-    const __m256 half  = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    const __m256 odd   = _mm256_setr_ps(1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f);
+    const __m256 pairs = _mm256_setr_ps(1.0f, 1.0f, -1.0f, -1.0f, 1.0f, 1.0f, -1.0f, -1.0f);
+    const __m256 half  = _mm256_setr_ps(1.0f, 1.0f, 1.0f, 1.0f, -1.0f, -1.0f, -1.0f, -1.0f);
     for (int i = 0; i < 8; i++) {
         v[i] = add_partner(v[i], _mm256_permute_ps(v[i], 0xB1), odd);
         v[i] = add_partner(v[i], _mm256_permute_ps(v[i], 0x4E), pairs);
@@ -76,13 +76,12 @@ VECTORS static inline int32_t largest_of(__m256i x) {
 }
 
 VECTORS static spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
-    __m256i largest_input = _mm256_setzero_si256(), top = largest_input;
+    __m256i top = _mm256_setzero_si256();
     __m256  sum = _mm256_setzero_ps();
     for (int64_t b = 0; b < n; b += 64) {
         __m256 y[8];
         for (int i = 0; i < 8; i++) {
             y[i] = _mm256_loadu_ps(x + b + LANES*i);
-            largest_input = _mm256_max_epi32(largest_input, keys_of(y[i]));
         }
         if (rotated) {
             rotate_block(y);
@@ -98,7 +97,7 @@ VECTORS static spike_magnitudes rotate_token(const float * x, float * v, int64_t
     for (int i = 0; i < LANES; i++) {
         total += lanes[i];
     }
-    const spike_magnitudes found = { largest_of(largest_input), largest_of(top), total/(float) n };
+    const spike_magnitudes found = { largest_of(top), total/(float) n };
     return found;
 }
 
@@ -132,28 +131,31 @@ VECTORS static inline int64_t count_below(const int32_t * keys, int64_t n, int32
     return below;
 }
 
-// The key of a rank among n that lie in lower..upper, but for larger ones at the end: bit by bit, the largest value that at most
-// rank keys lie below, as in the plain C encoder. Once a few bits are known, few keys are left that may be it.
-VECTORS static int32_t select_rank(int32_t * keys, int64_t n, int64_t rank, int32_t lower, int32_t upper) {
-    enum { BITS_BEFORE_SECOND_LOOK = 4 };
-    int bit = 31 - __builtin_clz((uint32_t) (lower ^ upper) | 1); // the first that the keys may differ in
-    int32_t found = (int32_t) ((uint32_t) lower >> bit >> 1 << bit << 1);
-    for (const int second_look = bit - BITS_BEFORE_SECOND_LOOK; bit >= 0; bit--) {
-        if (bit == second_look) {
-            const __m256i before = _mm256_set1_epi32(found - 1), after = _mm256_set1_epi32(found | (int32_t) ((2u << bit) - 1));
-            int64_t kept = 0;
-            rank -= count_below(keys, n, found);
-            for (int64_t i = 0; i < n; i += LANES) {
-                const __m256i key = _mm256_loadu_si256((const __m256i *) (keys + i));
-                kept += keep(key, set_of(_mm256_andnot_si256(_mm256_cmpgt_epi32(key, after), _mm256_cmpgt_epi32(key, before))), keys + kept);
-            }
-            n = fill_up(keys, kept);
-        }
-        const int32_t trial = found | (int32_t) 1 << bit;
-        found = count_below(keys, n, trial) <= rank ? trial : found;
+// Moves the keys in lower..upper to the front, in order, and fills the last vector up. Returns how many there are then.
+VECTORS static inline int64_t keep_between(int32_t * keys, int64_t n, int32_t lower, int32_t upper) {
+    const __m256i before = _mm256_set1_epi32(lower - 1), after = _mm256_set1_epi32(upper);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const __m256i key = _mm256_loadu_si256((const __m256i *) (keys + i));
+        kept += keep(key, set_of(_mm256_andnot_si256(_mm256_cmpgt_epi32(key, after), _mm256_cmpgt_epi32(key, before))), keys + kept);
     }
-    return found;
+    return fill_up(keys, kept);
 }
+
+// The key of a rank among LANES, of which INT32_MAX are none: the largest that at most rank keys are smaller than.
+VECTORS static inline int32_t select_of_few(const int32_t keys[LANES], int64_t rank) {
+    const __m256i key  = _mm256_loadu_si256((const __m256i *) keys);
+    const __m256i next = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
+    __m256i others = key, smaller = _mm256_setzero_si256();
+    for (int k = 1; k < LANES; k++) {
+        others  = _mm256_permutevar8x32_epi32(others, next);
+        smaller = _mm256_sub_epi32(smaller, _mm256_cmpgt_epi32(key, others));
+    }
+    const __m256i fitting = _mm256_cmpgt_epi32(_mm256_set1_epi32((int) rank + 1), smaller);
+    return largest_of(_mm256_and_si256(fitting, key));
+}
+
+#include "spike-codes-rank.h"
 
 VECTORS static int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
     const float bounds[2] = { 0.70f*mean, 0.98f*mean }; // of normal values the median of magnitudes is 0.845 of their mean
@@ -177,56 +179,39 @@ VECTORS static int32_t median_of_magnitudes(const float * v, int64_t n, float me
 
 // ---- codes
 
-VECTORS static inline __m256 round_to_even(__m256 x) { // spike_round
-    const __m256 shifter = _mm256_set1_ps(12582912.0f);
-    return _mm256_sub_ps(_mm256_add_ps(x, shifter), shifter);
-}
-
-VECTORS static inline __m256 clamp(__m256 x, float lo, float hi) {
-    return _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(lo)), _mm256_set1_ps(hi));
-}
-
-// 32 numbers that fit 8 bits.
-VECTORS static inline void store_bytes(const __m256i x[4], int8_t * to) {
-    const __m256i words[2] = { _mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]) };
-    const __m256i order    = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing works within halves
-    _mm256_storeu_si256((__m256i *) to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]), order));
-}
-
 VECTORS static bool code_values(const float * v, int64_t n, const spike_coding * how, int8_t * fine, int8_t * coarse) {
-    const spike_coding coding = *how; // a copy that the results cannot overlap
-    __m256 any_coarse = _mm256_setzero_ps();
-    for (int64_t i = 0; i < n; i += 4*LANES) {
-        __m256i fine_codes[4], coarse_codes[4];
+    const spike_coding copy = *how, * coding = &copy; // not what the results could overlap
+    const spike_halfway halfway = spike_halfway_of(coding);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing works within halves
+    bool any_coarse = false;
+    for (int64_t b = 0; b < n; b += 4*LANES) {
+        __m256i q[4];
+        unsigned outside = 0;
         for (int k = 0; k < 4; k++) {
-            const __m256 u      = _mm256_mul_ps(_mm256_loadu_ps(v + i + LANES*k), _mm256_set1_ps(coding.inverse));
-            const __m256 heard  = _mm256_cmp_ps(magnitudes_of(u), _mm256_set1_ps(coding.silence), _CMP_NLT_UQ);
-            const __m256 q      = _mm256_and_ps(heard, round_to_even(u));
-            const __m256 edge   = clamp(q, coding.lo, coding.hi);
-            const __m256 wide   = clamp(round_to_even(_mm256_mul_ps(u, _mm256_set1_ps(coding.coarser))), -16.0f, 15.0f);
-            const __m256 narrow = _mm256_cmp_ps(clamp(q, -16.0f, 15.0f), q, _CMP_EQ_OQ);
-            const __m256 code   = _mm256_blendv_ps(wide, q, narrow);
-            const __m256 value  = _mm256_blendv_ps(_mm256_mul_ps(wide, _mm256_set1_ps(coding.coarse_unit)), q, narrow);
-            // the nearer of the edge and the salient value
-            const __m256 nearer  = _mm256_cmp_ps(magnitudes_of(_mm256_sub_ps(edge, u)), magnitudes_of(_mm256_sub_ps(value, u)), _CMP_NLE_UQ);
-            const __m256 salient = _mm256_and_ps(_mm256_cmp_ps(edge, q, _CMP_NEQ_UQ), nearer);
-            const __m256 is_coarse = _mm256_andnot_ps(narrow, salient);
-            const __m256i stored = _mm256_cvttps_epi32(_mm256_blendv_ps(edge, code, salient));
-            fine_codes[k]   = _mm256_andnot_si256(_mm256_castps_si256(is_coarse), stored);
-            coarse_codes[k] = _mm256_and_si256(_mm256_castps_si256(is_coarse), stored);
-            any_coarse      = _mm256_or_ps(any_coarse, is_coarse);
+            const __m256  u     = _mm256_mul_ps(_mm256_loadu_ps(v + b + LANES*k), _mm256_set1_ps(coding->inverse));
+            const __m256  heard = _mm256_cmp_ps(magnitudes_of(u), _mm256_set1_ps(coding->silence), _CMP_NLT_UQ);
+            const __m256  tied  = _mm256_cmp_ps(u, _mm256_set1_ps(halfway.value), _CMP_EQ_OQ);
+            const __m256i near  = _mm256_add_epi32(_mm256_cvtps_epi32(u), _mm256_and_si256(_mm256_castps_si256(tied), _mm256_set1_epi32(halfway.back)));
+            q[k] = _mm256_and_si256(near, _mm256_castps_si256(heard));
+            const __m256i beyond = _mm256_cmpgt_epi32(_mm256_xor_si256(q[k], _mm256_srai_epi32(q[k], 31)), _mm256_set1_epi32(15)); // -16..15
+            outside |= set_of(beyond) << LANES*k;
         }
-        store_bytes(fine_codes, fine + i);
-        store_bytes(coarse_codes, coarse + i);
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        _mm256_storeu_si256((__m256i *) (fine + b),   _mm256_permutevar8x32_epi32(bytes, order));
+        _mm256_storeu_si256((__m256i *) (coarse + b), _mm256_setzero_si256());
+        for (; outside; outside &= outside - 1) { // few
+            const int64_t i = b + __builtin_ctz(outside);
+            any_coarse |= spike_code_beyond(v[i]*coding->inverse, coding, fine + i, coarse + i);
+        }
     }
-    return _mm256_movemask_ps(any_coarse) != 0;
+    return any_coarse;
 }
 
 static const spike_vector_encoder AVX2 = { "avx2", rotate_token, median_of_magnitudes, code_values };
 
 const spike_vector_encoder * spike_vector_encoder_avx2(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? &AVX2 : NULL;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") ? &AVX2 : NULL;
 }
 
 #else

@@ -8,54 +8,52 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define WIDE __attribute__((target("avx512f,avx512bw,popcnt")))
+#define VECTORS __attribute__((target("avx512f,avx512bw,popcnt")))
 
-WIDE static inline __m512 round_to_even(__m512 x) { // spike_round
-    const __m512 shifter = _mm512_set1_ps(12582912.0f);
-    return _mm512_sub_ps(_mm512_add_ps(x, shifter), shifter);
-}
+enum { LANES = 16 };
 
-WIDE static inline __m512 clamp(__m512 x, float lo, float hi) {
-    return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(lo)), _mm512_set1_ps(hi));
-}
-
-WIDE static bool code_values(const float * v, int64_t n, const spike_coding * how, int8_t * fine, int8_t * coarse) {
+VECTORS static bool code_values(const float * v, int64_t n, const spike_coding * how, int8_t * fine, int8_t * coarse) {
     const spike_coding copy = *how, * coding = &copy; // not what the results could overlap
-    __mmask16 any_coarse = 0;
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512    u      = _mm512_mul_ps(_mm512_loadu_ps(v + i), _mm512_set1_ps(coding->inverse));
-        const __mmask16 heard  = _mm512_cmp_ps_mask(_mm512_abs_ps(u), _mm512_set1_ps(coding->silence), _CMP_NLT_UQ);
-        const __m512    q      = _mm512_maskz_mov_ps(heard, round_to_even(u));
-        const __m512    edge   = clamp(q, coding->lo, coding->hi);
-        const __m512    wide   = clamp(round_to_even(_mm512_mul_ps(u, _mm512_set1_ps(coding->coarser))), -16.0f, 15.0f);
-        const __mmask16 narrow = _mm512_cmp_ps_mask(clamp(q, -16.0f, 15.0f), q, _CMP_EQ_OQ);
-        const __m512    code   = _mm512_mask_mov_ps(wide, narrow, q);
-        const __m512    value  = _mm512_mask_mov_ps(_mm512_mul_ps(wide, _mm512_set1_ps(coding->coarse_unit)), narrow, q);
-        // the nearer of the edge and the salient value
-        const __mmask16 outside = _mm512_cmp_ps_mask(edge, q, _CMP_NEQ_UQ);
-        const __mmask16 salient = _mm512_mask_cmp_ps_mask(outside, _mm512_abs_ps(_mm512_sub_ps(edge, u)),
-                                                          _mm512_abs_ps(_mm512_sub_ps(value, u)), _CMP_NLE_UQ);
-        const __mmask16 is_coarse = (__mmask16) (salient & ~narrow);
-        const __m512i   stored    = _mm512_cvttps_epi32(_mm512_mask_mov_ps(edge, salient, code));
-        _mm_storeu_si128((__m128i *) (fine + i),   _mm512_maskz_cvtepi32_epi8((__mmask16) ~is_coarse, stored));
-        _mm_storeu_si128((__m128i *) (coarse + i), _mm512_maskz_cvtepi32_epi8(is_coarse, stored));
-        any_coarse |= is_coarse;
+    const spike_halfway halfway = spike_halfway_of(coding);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // packing works within lanes
+    bool any_coarse = false;
+    for (int64_t b = 0; b < n; b += 64) {
+        __m512i q[4];
+        uint64_t beyond = 0; // -16..15
+        for (int k = 0; k < 4; k++) {
+            const __m512    u     = _mm512_mul_ps(_mm512_loadu_ps(v + b + 16*k), _mm512_set1_ps(coding->inverse));
+            const __mmask16 heard = _mm512_cmp_ps_mask(_mm512_abs_ps(u), _mm512_set1_ps(coding->silence), _CMP_NLT_UQ);
+            const __mmask16 tied  = _mm512_mask_cmp_ps_mask(heard, u, _mm512_set1_ps(halfway.value), _CMP_EQ_OQ);
+            q[k] = _mm512_mask_mov_epi32(_mm512_maskz_cvtps_epi32(heard, u), tied, _mm512_set1_epi32(halfway.code));
+            beyond |= (uint64_t) _mm512_cmpgt_epu32_mask(_mm512_add_epi32(q[k], _mm512_set1_epi32(16)), _mm512_set1_epi32(31)) << 16*k;
+        }
+        const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        _mm512_storeu_si512(fine + b,   _mm512_permutexvar_epi32(order, bytes));
+        _mm512_storeu_si512(coarse + b, _mm512_setzero_si512());
+        for (; beyond; beyond &= beyond - 1) { // few
+            const int64_t i = b + __builtin_ctzll(beyond);
+            any_coarse |= spike_code_beyond(v[i]*coding->inverse, coding, fine + i, coarse + i);
+        }
     }
-    return any_coarse != 0;
+    return any_coarse;
 }
 
-// A stage of the rotation within vectors: each value and its partner, whose order `swapped` gives; see spike-rotation.c.
-WIDE static inline __m512 add_partner(__m512 v, __m512 swapped, __mmask16 upper) {
-    const __m512 sum = _mm512_add_ps(swapped, v);
-    return _mm512_mask_sub_ps(sum, upper, swapped, v);
+// A stage of the rotation within vectors: each value and its partner, whose order `swapped` gives. The upper of the two changes
+// its sign; see spike-rotation.c and spike-codes-avx2.c.
+VECTORS static inline __m512 add_partner(__m512 v, __m512 swapped, __m512 signs) {
+    return _mm512_fmadd_ps(v, signs, swapped);
 }
 
-WIDE static inline void rotate_block(__m512 v[4]) {
+VECTORS static inline __m512 signs_of(__mmask16 upper) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), upper, _mm512_set1_ps(-1.0f));
+}
+
+VECTORS static inline void rotate_block(__m512 v[4]) {
     for (int i = 0; i < 4; i++) {
-        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0xB1), 0xAAAA);
-        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0x4E), 0xCCCC);
-        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), 0xF0F0);
-        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), 0xFF00);
+        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0xB1), signs_of(0xAAAA));
+        v[i] = add_partner(v[i], _mm512_permute_ps(v[i], 0x4E), signs_of(0xCCCC));
+        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), signs_of(0xF0F0));
+        v[i] = add_partner(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), signs_of(0xFF00));
     }
     const __m512 a = _mm512_add_ps(v[0], v[1]), b = _mm512_sub_ps(v[0], v[1]);
     const __m512 c = _mm512_add_ps(v[2], v[3]), d = _mm512_sub_ps(v[2], v[3]);
@@ -66,15 +64,14 @@ WIDE static inline void rotate_block(__m512 v[4]) {
     v[3] = _mm512_mul_ps(_mm512_sub_ps(b, d), eighth);
 }
 
-WIDE static spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
+VECTORS static spike_magnitudes rotate_token(const float * x, float * v, int64_t n, bool rotated) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    __m512i largest_input = _mm512_setzero_si512(), top = largest_input;
+    __m512i top = _mm512_setzero_si512();
     __m512  sum = _mm512_setzero_ps();
     for (int64_t b = 0; b < n; b += 64) {
         __m512 y[4];
         for (int i = 0; i < 4; i++) {
             y[i] = _mm512_loadu_ps(x + b + 16*i);
-            largest_input = _mm512_max_epi32(largest_input, _mm512_and_si512(_mm512_castps_si512(y[i]), magnitude));
         }
         if (rotated) {
             rotate_block(y);
@@ -85,12 +82,12 @@ WIDE static spike_magnitudes rotate_token(const float * x, float * v, int64_t n,
             sum = _mm512_add_ps(sum, _mm512_abs_ps(y[i]));
         }
     }
-    const spike_magnitudes found = { _mm512_reduce_max_epi32(largest_input), _mm512_reduce_max_epi32(top), _mm512_reduce_add_ps(sum)/(float) n };
+    const spike_magnitudes found = { _mm512_reduce_max_epi32(top), _mm512_reduce_add_ps(sum)/(float) n };
     return found;
 }
 
 // How many of n keys, a multiple of 16, lie below a bound.
-WIDE static inline int64_t count_below(const int32_t * keys, int64_t n, int32_t bound) {
+VECTORS static inline int64_t count_below(const int32_t * keys, int64_t n, int32_t bound) {
     int64_t below = 0;
     for (int64_t i = 0; i < n; i += 16) {
         below += __builtin_popcount(_mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + i), _mm512_set1_epi32(bound)));
@@ -100,7 +97,7 @@ WIDE static inline int64_t count_below(const int32_t * keys, int64_t n, int32_t 
 
 // Moves the keys in lower..upper to the front, in order, and fills the last vector up with keys that are larger.
 // Returns how many vectors there are, times 16.
-WIDE static inline int64_t keep_between(int32_t * keys, int64_t n, int32_t lower, int32_t upper) {
+VECTORS static inline int64_t keep_between(int32_t * keys, int64_t n, int32_t lower, int32_t upper) {
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += 16) {
         const __m512i   key   = _mm512_loadu_si512(keys + i);
@@ -114,24 +111,22 @@ WIDE static inline int64_t keep_between(int32_t * keys, int64_t n, int32_t lower
     return kept;
 }
 
-// The key of a rank among n that lie in lower..upper, but for larger ones at the end: bit by bit, the largest value that at most
-// rank keys lie below, as in the plain C encoder. Once a few bits are known, few keys are left that may be it.
-WIDE static int32_t select_rank(int32_t * keys, int64_t n, int64_t rank, int32_t lower, int32_t upper) {
-    enum { BITS_BEFORE_SECOND_LOOK = 4 };
-    int bit = 31 - __builtin_clz((uint32_t) (lower ^ upper) | 1); // the first that the keys may differ in
-    int32_t found = (int32_t) ((uint32_t) lower >> bit >> 1 << bit << 1);
-    for (const int second_look = bit - BITS_BEFORE_SECOND_LOOK; bit >= 0; bit--) {
-        if (bit == second_look) {
-            rank -= count_below(keys, n, found);
-            n = keep_between(keys, n, found, found | (int32_t) ((2u << bit) - 1));
-        }
-        const int32_t trial = found | (int32_t) 1 << bit;
-        found = count_below(keys, n, trial) <= rank ? trial : found;
+// The key of a rank among LANES, of which INT32_MAX are none: the largest that at most rank keys are smaller than.
+VECTORS static inline int32_t select_of_few(const int32_t keys[LANES], int64_t rank) {
+    const __m512i key = _mm512_loadu_si512(keys);
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i others = key, smaller = _mm512_setzero_si512();
+    for (int k = 1; k < 16; k++) {
+        others  = _mm512_alignr_epi32(others, others, 1);
+        smaller = _mm512_mask_add_epi32(smaller, _mm512_cmplt_epi32_mask(others, key), smaller, one);
     }
-    return found;
+    const __mmask16 fitting = _mm512_cmple_epi32_mask(smaller, _mm512_set1_epi32((int) rank));
+    return _mm512_mask_reduce_max_epi32(fitting, key);
 }
 
-WIDE static int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
+#include "spike-codes-rank.h"
+
+VECTORS static int32_t median_of_magnitudes(const float * v, int64_t n, float mean, int32_t * keys) {
     const float bounds[2] = { 0.70f*mean, 0.98f*mean }; // of normal values the median of magnitudes is 0.845 of their mean
     int32_t lower, upper;
     memcpy(&lower, &bounds[0], sizeof(lower));

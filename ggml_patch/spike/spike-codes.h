@@ -1,6 +1,9 @@
 // What the encoder has for some instruction sets.
 #pragma once
 
+#include "spike.h"
+
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -15,10 +18,35 @@ typedef struct {
 
 // What the encoder wants to know of a token's magnitudes. Of floats without sign the bits sort as the values do.
 typedef struct {
-    int32_t largest_input; // bits of the largest, before the rotation
-    int32_t top;           // bits of the largest
-    float   mean;          // about: any value leads to the same codes
+    int32_t top;  // bits of the largest, those of an infinity or a NaN if any input is one
+    float   mean; // about: any value leads to the same codes
 } spike_magnitudes;
+
+// Codes within five bits are the nearest integers, with one exception: as near as the end of the standard range that is odd,
+// a value halfway beyond it takes that end and not the even integer outside, which would have to be salient.
+typedef struct {
+    float   value;
+    int32_t code; // the end
+    int32_t back; // from the even integer to it, 1 or -1
+} spike_halfway;
+
+static inline spike_halfway spike_halfway_of(const spike_coding * coding) {
+    const int32_t lo = (int32_t) coding->lo, hi = (int32_t) coding->hi; // one of them is odd
+    const spike_halfway above = { coding->hi + 0.5f, hi, -1 }, below = { coding->lo - 0.5f, lo, 1 };
+    return hi % 2 ? above : below;
+}
+
+// The code of a value beyond five bits (in steps): the coarse one or the end of the standard range, whichever is nearer. Returns
+// whether it is coarse.
+static inline bool spike_code_beyond(float u, const spike_coding * coding, int8_t * fine, int8_t * coarse) {
+    const float edge   = u < 0.0f ? coding->lo : coding->hi;
+    const float scaled = spike_round(u*coding->coarser);
+    const float code   = scaled < -16.0f ? -16.0f : scaled > 15.0f ? 15.0f : scaled;
+    const bool  is_coarse = !(fabsf(edge - u) <= fabsf(code*coding->coarse_unit - u));
+    *fine   = (int8_t) (is_coarse ? 0.0f : edge);
+    *coarse = (int8_t) (is_coarse ? code : 0.0f);
+    return is_coarse;
+}
 
 // Parts of the encoder that are worth more than what a compiler makes of plain C. n is a multiple of 64.
 typedef struct {

@@ -269,6 +269,30 @@ static float random_float(int kind) {
     }
 }
 
+// Values halfway between integers, in steps of 1, on both sides of the ends of every standard range and of five bits.
+static int check_halfway(void) {
+    enum { N = 2*QK_SPK };
+    int wrong = 0;
+    for (int zero_point = 0; zero_point < 16; zero_point++) {
+        const spike_encoder_params params = { 7.5f, 0.5f, zero_point, false };
+        float      x[N], scratch[2*N];
+        int8_t     values[2*N], alone[2*N];
+        block_spka blocks[N/QK_SPK], header;
+        for (int i = 0; i < N; i++) {
+            x[i] = i < N/2 + 1 ? 1.0f : 0.5f*(float) (i - 98); // so that the median is 1; -16.5 to 14.5
+        }
+        x[0] = 15.5f;
+        x[1] = 16.5f;
+        spike_encode_token(x, blocks, N, &params, scratch, values);
+        spike_encode_values(x, N, &params, scratch, alone, &header);
+        const int hi = 15 - zero_point;
+        const int8_t at_end = values[98 + 2*hi + 1]; // hi + 1/2, at most 14.5
+        wrong += blocks[0].threshold != 1.0f || memcmp(alone, values, sizeof(values)) != 0;
+        wrong += hi < 15 && at_end != hi;
+    }
+    return wrong;
+}
+
 // Tokens of all kinds and settings. Also whether the values given along with the blocks are theirs.
 static int check_encoder(void) {
     static const int64_t BLOCKS[] = { 1, 2, 9, 24, 64 };
@@ -308,6 +332,7 @@ static int check_encoder(void) {
             }
         }
     }
+    wrong += check_halfway();
     printf("encoder %d wrong %d digest %016llx\n", n_tokens, wrong, (unsigned long long) digest);
     return wrong;
 }
