@@ -93,6 +93,9 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
     }
     for (int k = 0; k < n_kernels; k++) {
         const spike_prompt_kernels * kernel = kernels[k]->prompt;
+        if (kernel->tokens_for_lines == INT64_MAX) {
+            continue;
+        }
         memset(lines, 0, n_values*sizeof(int16_t));
         memset(potential, 0, n_potentials*sizeof(int32_t));
         for (int64_t t0 = 0; t0 < SPIKE_TOKEN_LINE; t0 += TOKENS) {
@@ -105,6 +108,22 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
         }
         fuzz_require(memcmp(lines, expected_lines, n_values*sizeof(int16_t)) == 0, "every kernel transposes alike");
         fuzz_require(memcmp(potential, expected, n_potentials*sizeof(int32_t)) == 0, "every kernel adds salient weights alike");
+    }
+    for (int k = 0; k < n_kernels; k++) {
+        spike_salient_token tokens[TOKENS];
+        uint64_t coarse_blocks[TOKENS] = { 0 };
+        memset(potential, 0, n_potentials*sizeof(int32_t));
+        int64_t n_tokens = 0;
+        for (int t = 0; t < TOKENS; t++) {
+            for (int64_t i = 0; fine[t] && i < n; i++) {
+                coarse_blocks[t] |= (uint64_t) (coarse[t][i] != 0) << i/QK_SPK;
+            }
+            if (fine[t]) {
+                tokens[n_tokens++] = (spike_salient_token) { fine[t], coarse[t], &coarse_blocks[t], shift[t], potential + t*SPIKE_TILE_ROWS };
+            }
+        }
+        kernels[k]->prompt->add_salient_tokens(salients, SPIKE_TILE_ROWS, n_blocks, tokens, n_tokens);
+        fuzz_require(memcmp(potential, expected, TOKENS*SPIKE_TILE_ROWS*sizeof(int32_t)) == 0, "looks at values add what lines do");
     }
     free(expected);
     free(potential);

@@ -66,3 +66,20 @@ const spike_kernels * spike_select_kernels(void) {
 const char * spikequant_kernel(void) {
     return spike_select_kernels()->name;
 }
+
+static void add_salient_class(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const int8_t * values, int shift, int32_t * potential) {
+    int16_t sum[SPIKE_TILE_ROWS];
+    spike_select_kernels()->add_salient(salients, values, n_blocks, sum);
+    for (int64_t r = 0; r < n_rows; r++) {
+        potential[r] = (int32_t) ((uint32_t) potential[r] + ((uint32_t) (16*sum[r]) << shift)); // may wrap on its way
+    }
+}
+
+void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens) {
+    for (int64_t t = 0; t < n_tokens; t++) {
+        add_salient_class(salients, n_rows, n_blocks, tokens[t].fine, 0, tokens[t].potential);
+        if (tokens[t].coarse) {
+            add_salient_class(salients, n_rows, n_blocks, tokens[t].coarse, tokens[t].shift, tokens[t].potential);
+        }
+    }
+}

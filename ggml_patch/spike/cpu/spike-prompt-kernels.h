@@ -26,6 +26,16 @@ typedef struct {
     uint8_t first[64], second[64];
 } spike_rare_steps;
 
+// A token of which salient weights are to be added: 16 * sum over extended weights of +-(fine + coarse * 2^shift) to each row's
+// potential. Its sums of fine and of coarse values fit 16 bits.
+typedef struct {
+    const int8_t *   fine;
+    const int8_t *   coarse;        // NULL if all are zero
+    const uint64_t * coarse_blocks; // bits of the blocks in which any is not
+    int32_t          shift;
+    int32_t *        potential;
+} spike_salient_token;
+
 typedef struct {
     // Copies the lines of n inputs of a tile, the complement of each behind it, and a line of zeros: to[line][64].
     void (*copy_lines)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
@@ -41,16 +51,19 @@ typedef struct {
     void (*integrate_half_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                     int32_t potential[SPIKE_HALF_TILE]);
 
-    // From how many tokens on it is faster to add whole lines of tokens than to look each token's values up.
+    // Salient weights of a tile, for each token by a look at its values. They reach 16 codes further, up or down, so that their
+    // inputs enter the potential 16 times more. salients: [block][slot][row]; n_rows: of a tile or half of one.
+    void (*add_salient_tokens)(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens);
+
+    // From how many tokens on it is faster to add whole lines of tokens. INT64_MAX: never, and the next two are NULL.
     int64_t tokens_for_lines;
 
     // Merged values, fine + coarse * 2^shift, of eight tokens into lines: lines[i][0..7], SPIKE_TOKEN_LINE values apart.
     // NULL for fine: a token without values. n is a multiple of 64.
     void (*transpose_values)(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines);
 
-    // Salient weights of a tile for a line of tokens: they reach 16 codes further, up or down, so that their inputs enter the
-    // potential 16 times more. potential[token*stride + row] += 16 * sum over extended weights of +-value.
-    // salients: [block][slot][row]; values: [input][token]; sums fit 16 bits. n_rows: of a tile or half of one.
+    // Salient weights of a tile for a line of tokens: potential[token*stride + row] += 16 * sum over extended weights of +-value.
+    // values: [input][token]; sums fit 16 bits.
     void (*add_salient_lines)(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride,
                               int32_t * potential);
 
@@ -66,6 +79,9 @@ typedef struct {
     // SPIKE_SCHEDULE_SLACK more places are overwritten.
     uint32_t (*list_rare)(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);
 } spike_prompt_kernels;
+
+// Class by class, with add_salient of the kernels in use.
+void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens);
 
 // By gather_inputs of the kernels in use.
 uint32_t spike_list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);

@@ -53,23 +53,6 @@ void add_wrapping(int32_t * sum, int32_t x, int shift) {
     *sum = (int32_t) ((uint32_t) *sum + ((uint32_t) x << shift));
 }
 
-// A class's share of the salient weights of a tile, times 2^shift.
-void add_salient_of_class(const uint8_t * salients, const spike_layout & layout, const spike_schedule * schedule, int spike_class, int shift,
-                          int32_t * potential) {
-    int16_t sum[SPIKE_TILE_ROWS];
-    spike_select_kernels()->add_salient(salients, spike_schedule_values(schedule, layout.n_inputs, spike_class), layout.n_blocks, sum);
-    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
-        add_wrapping(&potential[r], 16*sum[r], shift);
-    }
-}
-
-void add_salient_of_merged(const uint8_t * salients, const spike_layout & layout, const spike_schedule * schedule, int32_t * potential) {
-    add_salient_of_class(salients, layout, schedule, 0, 0, potential);
-    if (schedule->shift > 0) { // without one there are no coarse values
-        add_salient_of_class(salients, layout, schedule, 1, schedule->shift, potential);
-    }
-}
-
 // A tile of a matrix.
 struct matrix_tile {
     const spike_layout & layout;
@@ -78,6 +61,7 @@ struct matrix_tile {
 
     int64_t first_row() const { return index*SPIKE_TILE_ROWS; }
     int64_t n_rows() const { return std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - first_row()); }
+    int64_t n_neurons() const { return is_half() ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS; } // rows and what fills the last tile up
     bool    is_half() const { return spike_is_half_tile(&layout, index); }
 
     spike_tile_lines lines() const { return spike_lines_of_tile(&layout, packed, index); }
@@ -89,9 +73,24 @@ void add_salient_by_lines(const matrix_tile & tile, const int16_t * values, int3
     const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*largest);
     for (int64_t b = 0; b < tile.layout.n_blocks; b += most) {
         spike_select_kernels()->prompt->add_salient_lines(tile.salients() + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS,
-                                                          tile.is_half() ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS, values + b*QK_SPK*SPIKE_TOKEN_LINE,
+                                                          tile.n_neurons(), values + b*QK_SPK*SPIKE_TOKEN_LINE,
                                                           std::min(most, tile.layout.n_blocks - b), TOKEN_STRIDE, potential);
     }
+}
+
+// Some tokens one by one, each with its values of both classes.
+void add_salient_by_tokens(const matrix_tile & tile, const spike_schedule * const * schedules, int64_t n_tokens, int32_t * potential) {
+    spike_salient_token tokens[SPIKE_TOKEN_LINE];
+    int64_t n = 0;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const spike_schedule * schedule = schedules[t];
+        if (schedule->merged) {
+            tokens[n++] = { spike_schedule_values(schedule, tile.layout.n_inputs, 0),
+                            schedule->shift > 0 ? spike_schedule_values(schedule, tile.layout.n_inputs, 1) : nullptr,
+                            schedule->coarse_blocks, schedule->shift, potential + t*TOKEN_STRIDE };
+        }
+    }
+    spike_select_kernels()->prompt->add_salient_tokens(tile.salients(), tile.n_neurons(), tile.layout.n_blocks, tokens, n);
 }
 
 // Thresholds and zero-points of a tile. Kernels count every code from 8; the row's own zero-point makes up for the difference.
@@ -189,7 +188,8 @@ void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule,
         }
     }
     for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-        add_salient_of_class(tile.salients(), tile.layout, schedule, k, 0, potential[k]);
+        const spike_salient_token token = { spike_schedule_values(schedule, tile.layout.n_inputs, k), nullptr, nullptr, 0, potential[k] };
+        spike_select_kernels()->prompt->add_salient_tokens(tile.salients(), tile.n_neurons(), tile.layout.n_blocks, &token, 1);
     }
     const row_settings rows(tile);
     for (int64_t r = 0; r < rows.n_rows; r++) {
@@ -208,13 +208,17 @@ void finish_tokens(const matrix_tile & tile, const row_settings & rows, const sp
             largest = goes_in_lines(schedules[t]) ? std::max(largest, schedules[t]->largest) : largest;
         }
         add_salient_by_lines(tile, values, largest, potential);
+        for (int64_t t = 0; t < n_tokens; t++) {
+            if (!goes_in_lines(schedules[t])) {
+                add_salient_by_tokens(tile, schedules + t, 1, potential + t*TOKEN_STRIDE);
+            }
+        }
+    } else {
+        add_salient_by_tokens(tile, schedules, n_tokens, potential);
     }
     for (int64_t t = 0; t < n_tokens; t++) {
         int32_t * own = potential + t*TOKEN_STRIDE;
         if (schedules[t]->merged) {
-            if (!values || !goes_in_lines(schedules[t])) {
-                add_salient_of_merged(tile.salients(), tile.layout, schedules[t], own);
-            }
             read_out_merged(rows, schedules[t], own, outputs[t] + tile.first_row());
         }
     }

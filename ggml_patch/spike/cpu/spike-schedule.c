@@ -15,6 +15,7 @@ enum {
 };
 
 _Static_assert(2*MAX_CHUNK <= SPIKE_SCHEDULE_MAX_COUNTED, "all spikes of a chunk may fire in one step");
+_Static_assert(MAX_CHUNKS <= SPIKE_SCHEDULE_BLOCKS, "a bit for every block");
 _Static_assert(SPIKE_SCHEDULE_SCALE*(2*MAX_CHUNK + 1) <= UINT16_MAX, "lists hold lines in 16 bits");
 
 size_t spike_schedule_size(int64_t n_inputs, int64_t n_chunks) {
@@ -110,6 +111,17 @@ SPIKE_CLONES static value_sums sum_values(const int8_t * values, int64_t n) {
         s.magnitudes += magnitudes[k];
     }
     return s;
+}
+
+// Sets the bits of blocks in which any value is not zero; the others are zero before.
+SPIKE_CLONES static void find_blocks(const int8_t * values, int64_t n_blocks, uint64_t * found) {
+    for (int64_t b = 0; b < n_blocks; b++) {
+        int8_t any = 0;
+        for (int i = 0; i < QK_SPK; i++) {
+            any |= values[b*QK_SPK + i];
+        }
+        found[b/64] |= (uint64_t) (any != 0) << b % 64;
+    }
 }
 
 // Counts of a program under construction, see SPIKE_SCHEDULE_MAX_COUNTED.
@@ -226,6 +238,10 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
             schedule->sum[k] += sums[c][k].sum;
             magnitudes[k]    += sums[c][k].magnitudes;
         }
+    }
+    memset(schedule->coarse_blocks, 0, sizeof(schedule->coarse_blocks));
+    if (magnitudes[1] > 0) {
+        find_blocks(coarse, n_inputs/QK_SPK, schedule->coarse_blocks);
     }
     const int64_t exact = 1 << 24;
     schedule->merged = MAX_WEIGHT*magnitudes[0] <= exact && MAX_WEIGHT*magnitudes[1] <= exact

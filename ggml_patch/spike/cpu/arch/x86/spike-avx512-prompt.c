@@ -1,7 +1,8 @@
 // AVX-512 (F, BW, VL, VBMI, VBMI2) for many tokens: a line is one vector.
 #include "spike-schedule-256.h"
 #include "spike-sums-512.h"
-#include "spike-token-lines.h"
+
+#include "spike/cpu/spike-train.h"
 
 #include <string.h>
 
@@ -63,26 +64,153 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
     }
 }
 
-// 64 tokens in two vectors: values are masked where there is no weight and complemented where one is to be subtracted, and
-// what complements lack is counted.
-SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
-    static const int32_t PRESENT[4] = { 0, -1, -1, 0 }, NEGATIVE[4] = { 0, 0, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
-    enum { XOR_OF_AND = 0x78 }; // negative ^ (present & value)
-    __m512i first = _mm512_load_si512(sums), second = _mm512_load_si512(sums + 32), lacking = _mm512_setzero_si512();
-    for (int k = 0; k < n_blocks; k++) {
+// ---- salient weights
+
+enum {
+    HALF_ROWS = SPIKE_HALF_TILE, // a vector of bytes
+    TOKENS_TOGETHER = 2,         // that share the reading of weights
+    BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE),
+    BLOCKS_AT_A_TIME = 64,
+};
+
+// The salient weights of some blocks, and in which rows there is one.
+typedef struct {
+    int64_t         first, n;
+    const uint8_t * salients;
+    __mmask64       present[BLOCKS_AT_A_TIME][SPIKE_SALIENT_SLOTS][2];
+} salient_blocks;
+
+SPIKE_INLINE __m512i weights_of(const salient_blocks * of, int64_t block, int slot, int half) {
+    return _mm512_loadu_si512(of->salients + (block*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS + half*HALF_ROWS);
+}
+
+static void find_present(salient_blocks * of, int halves) {
+    for (int64_t b = 0; b < of->n; b++) {
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            const int16_t * line     = values + (*salient & 63)*SPIKE_TOKEN_LINE;
-            const __m512i   present  = _mm512_set1_epi32(PRESENT[*salient >> 6]);
-            const __m512i   negative = _mm512_set1_epi32(NEGATIVE[*salient >> 6]);
-            first   = _mm512_add_epi16(first,  _mm512_ternarylogic_epi32(negative, present, _mm512_loadu_si512(line), XOR_OF_AND));
-            second  = _mm512_add_epi16(second, _mm512_ternarylogic_epi32(negative, present, _mm512_loadu_si512(line + 32), XOR_OF_AND));
-            lacking = _mm512_sub_epi16(lacking, negative);
-            salient += SPIKE_TILE_ROWS;
+            for (int half = 0; half < halves; half++) {
+                // bits 7-6 are 01 to add and 10 to subtract
+                of->present[b][slot][half] = _mm512_movepi8_mask(_mm512_add_epi8(weights_of(of, b, slot, half), _mm512_set1_epi8(0x40)));
+            }
         }
-        values += QK_SPK*SPIKE_TOKEN_LINE;
     }
-    _mm512_store_si512(sums,      _mm512_add_epi16(first,  lacking));
-    _mm512_store_si512(sums + 32, _mm512_add_epi16(second, lacking));
+}
+
+// The values that a block's salient weights point at to the sums of each token; bit 6 of a weight tells the sign.
+SPIKE_INLINE void look_up(const salient_blocks * of, int64_t block, int halves, int n_tokens, const int8_t * const values[], __m512i sums[][2]) {
+    __m512i plus[TOKENS_TOGETHER], minus[TOKENS_TOGETHER];
+    for (int t = 0; t < n_tokens; t++) {
+        plus[t]  = _mm512_loadu_si512(values[t] + block*QK_SPK);
+        minus[t] = _mm512_sub_epi8(_mm512_setzero_si512(), plus[t]);
+    }
+    for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
+        for (int half = 0; half < halves; half++) {
+            const __m512i   weights = weights_of(of, block, slot, half);
+            const __mmask64 present = of->present[block][slot][half];
+            for (int t = 0; t < n_tokens; t++) {
+                sums[t][half] = _mm512_add_epi8(sums[t][half], _mm512_maskz_permutex2var_epi8(present, minus[t], weights, plus[t]));
+            }
+        }
+    }
+}
+
+// Sums in bytes to 16 bits: the first and the second 32 rows of each half.
+SPIKE_INLINE void widen_bytes(const __m512i bytes[2], int halves, __m512i sums[4]) {
+    for (int half = 0; half < halves; half++) {
+        sums[2*half]     = _mm512_add_epi16(sums[2*half],     _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes[half])));
+        sums[2*half + 1] = _mm512_add_epi16(sums[2*half + 1], _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes[half], 1)));
+    }
+}
+
+SPIKE_INLINE void to_potential(const __m512i sums[4], int halves, int shift, int32_t * potential) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    for (int i = 0; i < 2*halves; i++) {
+        accumulate16(potential + 32*i,      _mm512_castsi512_si256(sums[i]),      count);
+        accumulate16(potential + 32*i + 16, _mm512_extracti64x4_epi64(sums[i], 1), count);
+    }
+}
+
+// Up to BLOCKS_PER_BYTE_SUM blocks. after: tokens whose values are brought near meanwhile.
+SPIKE_INLINE void add_group_of_blocks(const salient_blocks * of, int64_t block, int n, int halves, int n_tokens, const int8_t * const values[],
+                                      const int8_t * const after[], __m512i sums[][4]) {
+    __m512i bytes[TOKENS_TOGETHER][2];
+    for (int t = 0; t < n_tokens; t++) {
+        bytes[t][0] = bytes[t][1] = _mm512_setzero_si512();
+    }
+    for (int b = 0; b < n; b++) {
+        for (int t = 0; t < n_tokens; t++) {
+            _mm_prefetch((const char *) (after[t] + (block + b)*QK_SPK), _MM_HINT_T0);
+        }
+        look_up(of, block + b, halves, n_tokens, values, bytes);
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        widen_bytes(bytes[t], halves, sums[t]);
+    }
+}
+
+SPIKE_INLINE void add_fine(const salient_blocks * of, int halves, int n_tokens, const spike_salient_token * tokens, const spike_salient_token * next) {
+    __m512i sums[TOKENS_TOGETHER][4];
+    const int8_t * values[TOKENS_TOGETHER], * after[TOKENS_TOGETHER];
+    for (int t = 0; t < n_tokens; t++) {
+        values[t] = tokens[t].fine + of->first*QK_SPK;
+        after[t]  = next[t].fine + of->first*QK_SPK;
+        sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = _mm512_setzero_si512();
+    }
+    int64_t b = 0;
+    for (; b + BLOCKS_PER_BYTE_SUM <= of->n; b += BLOCKS_PER_BYTE_SUM) {
+        add_group_of_blocks(of, b, BLOCKS_PER_BYTE_SUM, halves, n_tokens, values, after, sums);
+    }
+    for (; b < of->n; b++) {
+        add_group_of_blocks(of, b, 1, halves, n_tokens, values, after, sums);
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        to_potential(sums[t], halves, 4, tokens[t].potential);
+    }
+}
+
+// Few blocks have coarse values.
+SPIKE_INLINE void add_coarse(const salient_blocks * of, int halves, const spike_salient_token * token) {
+    const int8_t * values[1] = { token->coarse + of->first*QK_SPK };
+    uint64_t left = token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
+    __m512i sums[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
+    while (left) {
+        __m512i bytes[1][2] = { { _mm512_setzero_si512(), _mm512_setzero_si512() } };
+        for (int n = 0; left && n < BLOCKS_PER_BYTE_SUM; n++, left &= left - 1) {
+            look_up(of, __builtin_ctzll(left), halves, 1, values, bytes);
+        }
+        widen_bytes(bytes[0], halves, sums);
+    }
+    to_potential(sums, halves, 4 + token->shift, token->potential);
+}
+
+SPIKE_INLINE void add_blocks(const salient_blocks * of, int halves, const spike_salient_token * tokens, int64_t n_tokens) {
+    int64_t t = 0;
+    for (; t + TOKENS_TOGETHER <= n_tokens; t += TOKENS_TOGETHER) {
+        const int64_t after = t + 2*TOKENS_TOGETHER <= n_tokens ? t + TOKENS_TOGETHER : t;
+        add_fine(of, halves, TOKENS_TOGETHER, tokens + t, tokens + after);
+    }
+    for (; t < n_tokens; t++) {
+        add_fine(of, halves, 1, tokens + t, tokens + t);
+    }
+    for (t = 0; t < n_tokens; t++) {
+        if (tokens[t].coarse && tokens[t].coarse_blocks[of->first/BLOCKS_AT_A_TIME]) {
+            add_coarse(of, halves, tokens + t);
+        }
+    }
+}
+
+static void add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens) {
+    salient_blocks of = { 0 };
+    for (; of.first < n_blocks; of.first += of.n) {
+        of.n        = n_blocks - of.first < BLOCKS_AT_A_TIME ? n_blocks - of.first : BLOCKS_AT_A_TIME;
+        of.salients = salients + of.first*(SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
+        if (n_rows > HALF_ROWS) {
+            find_present(&of, 2);
+            add_blocks(&of, 2, tokens, n_tokens);
+        } else {
+            find_present(&of, 1);
+            add_blocks(&of, 1, tokens, n_tokens);
+        }
+    }
 }
 
 static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
@@ -158,5 +286,5 @@ static uint32_t list_rare(const spike_chunk_values * values, const spike_rare_st
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs, list_rare,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, add_salient_tokens, INT64_MAX, NULL, NULL, gather_lines, gather_inputs, list_rare,
 };
