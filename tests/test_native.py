@@ -99,7 +99,8 @@ def test_kernels_equal_plain_c(program: Callable[[str], Path], architecture: str
     for subject in ("salients", "lists", "blocks"):
         assert report[subject][0] > 0 and report[subject][1] == 0
     report = report_of(built.with_name("check_prompts"), architecture, kernel)
-    assert report["prompts"][0] >= LEAST_PRODUCTS and set(report) == PROMPT_SUBJECTS | (set() if kernel in WITHOUT_LINES else LINE_SUBJECTS)
+    lines = set() if kernel in WITHOUT_LINES else LINE_SUBJECTS
+    assert report["prompts"][0] >= LEAST_PRODUCTS and set(report) == PROMPT_SUBJECTS | lines
     assert all(number > 0 and wrong == 0 for number, wrong, _ in report.values())
 
 
