@@ -1,4 +1,4 @@
-// Lines of tokens: what the kernels of AVX2 and AVX-512 have in common.
+// Lines of tokens: how AVX2 adds the salient weights of many tokens.
 #pragma once
 
 #include "spike/cpu/spike-prompt-kernels.h"
