@@ -191,7 +191,7 @@ VECTORS static bool code_values(const float * v, int64_t n, const spike_coding *
             const __m256  u     = _mm256_mul_ps(_mm256_loadu_ps(v + b + LANES*k), _mm256_set1_ps(coding->inverse));
             const __m256  heard = _mm256_cmp_ps(magnitudes_of(u), _mm256_set1_ps(coding->silence), _CMP_NLT_UQ);
             const __m256  tied  = _mm256_cmp_ps(u, _mm256_set1_ps(halfway.value), _CMP_EQ_OQ);
-            const __m256i near  = _mm256_add_epi32(_mm256_cvtps_epi32(u), _mm256_and_si256(_mm256_castps_si256(tied), _mm256_set1_epi32(halfway.back)));
+            const __m256i near  = _mm256_blendv_epi8(_mm256_cvtps_epi32(u), _mm256_set1_epi32(halfway.code), _mm256_castps_si256(tied));
             q[k] = _mm256_and_si256(near, _mm256_castps_si256(heard));
             const __m256i beyond = _mm256_cmpgt_epi32(_mm256_xor_si256(q[k], _mm256_srai_epi32(q[k], 31)), _mm256_set1_epi32(15)); // -16..15
             outside |= set_of(beyond) << LANES*k;

@@ -27,12 +27,11 @@ typedef struct {
 typedef struct {
     float   value;
     int32_t code; // the end
-    int32_t back; // from the even integer to it, 1 or -1
 } spike_halfway;
 
 static inline spike_halfway spike_halfway_of(const spike_coding * coding) {
     const int32_t lo = (int32_t) coding->lo, hi = (int32_t) coding->hi; // one of them is odd
-    const spike_halfway above = { coding->hi + 0.5f, hi, -1 }, below = { coding->lo - 0.5f, lo, 1 };
+    const spike_halfway above = { coding->hi + 0.5f, hi }, below = { coding->lo - 0.5f, lo };
     return hi % 2 ? above : below;
 }
 

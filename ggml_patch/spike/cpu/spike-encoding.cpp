@@ -114,27 +114,12 @@ bool is_encoded(const ggml_tensor * op) {
 
 namespace {
 
-const char * row_of(const ggml_tensor * src1, int64_t column) {
-    const int64_t i1 = column % src1->ne[1], i2 = column/src1->ne[1] % src1->ne[2], i3 = column/(src1->ne[1]*src1->ne[2]);
-    return (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
-}
-
-// Brings near what the encoding of a token will read and write: for many tokens it does not fit the second-level cache.
-void prefetch_token(const ggml_tensor * op, int64_t column, char * work, const work_layout & w) {
-    const int64_t n_inputs = op->src[1]->ne[0];
-    const char * schedule = work + w.trains + (size_t) column*w.train_size;
-    const char * spikes   = schedule + sizeof(spike_schedule) + (size_t) (w.n_chunks*SPIKE_SCHEDULE_CLASSES)*sizeof(spike_schedule_program);
-    bring_near<false>(row_of(op->src[1], column), ggml_row_size(op->src[1]->type, n_inputs));
-    bring_near<true>(schedule, 192);
-    bring_near<true>(spikes, (size_t) (2*n_inputs)); // most inputs fire once
-    bring_near<true>(spikes + (size_t) spike_schedule_max_spikes(n_inputs, w.n_chunks)*sizeof(uint16_t), (size_t) (2*n_inputs)); // values
-}
-
 // One row of src1, to its place among the encoded ones.
 void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const spike_encoder_params & encoder, char * work, const work_layout & w, float * scratch) {
     const ggml_tensor * src1 = op->src[1];
     const int64_t n_inputs = src1->ne[0];
-    const char *  row = row_of(src1, column);
+    const int64_t i1 = column % src1->ne[1], i2 = column/src1->ne[1] % src1->ne[2], i3 = column/(src1->ne[1]*src1->ne[2]);
+    const char *  row = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
     const bool tiles = form_of(op->src[0]) == weight_form::tiles, few = serves_few_tokens(op);
     const bool whole_blocks = !tiles || spike_counting(); // else only the values are of use
     block_spka * blocks = (block_spka *) (work + w.blocks) + place*(n_inputs/QK_SPK);
@@ -199,9 +184,6 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
         const spike_schedule * schedules[MOST];
         for (int64_t t = 0; t < n; t++) {
             const int64_t column = job*n_tokens + t0 + t;
-            if (w.lines_per_job > 0 && t + 1 < n) {
-                prefetch_token(op, column + 1, work, w);
-            }
             encode_token(op, column, column, encoder, work, w, scratch);
             schedules[t] = (const spike_schedule *) (work + w.trains + (size_t) column*w.train_size);
         }

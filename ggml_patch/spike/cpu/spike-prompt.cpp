@@ -38,7 +38,7 @@ struct prompt_scratch {
     prompt_scratch(char * memory, int64_t n_inputs) {
         scratch_arrays arrays(memory);
         arrays.take(potential, MOST_TOKENS*TOKEN_STRIDE);
-        arrays.take(values, n_inputs*SPIKE_TOKEN_LINE);
+        arrays.take(values, goes_by_lines(SPIKE_TOKEN_LINE) ? n_inputs*SPIKE_TOKEN_LINE : 0);
         arrays.take(lines, spike_schedule_lines(std::min<int64_t>(n_inputs, PROMPT_CHUNK_BLOCKS*QK_SPK))*SPIKE_LINE_BYTES);
         size = arrays.size();
     }
@@ -122,8 +122,8 @@ void read_out_merged(const row_settings & rows, const spike_schedule * schedule,
 void prefetch_program(const spike_schedule * schedule, int64_t chunk) {
     const spike_schedule_program * program = spike_schedule_program_of(schedule, 0, chunk);
     const uint16_t * spikes = spike_schedule_spikes(schedule) + program->first;
-    bring_near<false>(program, 128);
-    bring_near<false>(spikes, 512);
+    bring_near(program, 128);
+    bring_near(spikes, 512);
 }
 
 // What will be copied together next, brought near bit by bit meanwhile: lines of a strip, from afar and in no order that a

@@ -15,7 +15,6 @@ enum {
 };
 
 _Static_assert(2*MAX_CHUNK <= SPIKE_SCHEDULE_MAX_COUNTED, "all spikes of a chunk may fire in one step");
-_Static_assert(MAX_CHUNKS <= SPIKE_SCHEDULE_BLOCKS, "a bit for every block");
 _Static_assert(SPIKE_SCHEDULE_SCALE*(2*MAX_CHUNK + 1) <= UINT16_MAX, "lists hold lines in 16 bits");
 
 size_t spike_schedule_size(int64_t n_inputs, int64_t n_chunks) {

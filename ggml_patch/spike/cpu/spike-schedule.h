@@ -24,7 +24,7 @@ extern "C" {
 
 #define SPIKE_SCHEDULE_CLASSES 2  // 0 fine (or both, merged), 1 coarse
 #define SPIKE_SCHEDULE_UNIT    2  // lists are padded to a multiple of it, with the line of zeros
-#define SPIKE_SCHEDULE_BLOCKS  1024 // room for those of SPIKE_MAX_TILED_INPUTS
+#define SPIKE_SCHEDULE_BLOCKS  ((SPIKE_MAX_TILED_INPUTS/QK_SPK + 63)/64*64) // at most, to a multiple of 64
 #define SPIKE_SCHEDULE_STEPS   72 // 8, and four for each octave up to the largest magnitude, 16*2^15
 #define SPIKE_SCHEDULE_SLACK   64 // places behind the lists that a kernel may overwrite
 #define SPIKE_SCHEDULE_SCALE   8  // lists hold numbers of lines times this, so that scaled addresses find them

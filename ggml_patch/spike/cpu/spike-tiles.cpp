@@ -1,6 +1,7 @@
 #include "spike-tiles.h"
 
 #include "spike-potentials.h"
+#include "spike-prompt-kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -11,11 +12,8 @@ void add_salient_of_token(const uint8_t * salients, const spike_layout & layout,
     if (!train->fires[spike_class]) {
         return;
     }
-    int16_t sum[SPIKE_TILE_ROWS];
-    spike_select_kernels()->add_salient(salients, spike_train_values(train, layout.n_inputs, spike_class), layout.n_blocks, sum);
-    for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
-        potential[r] += 16*sum[r];
-    }
+    const spike_salient_token token = { spike_train_values(train, layout.n_inputs, spike_class), nullptr, nullptr, 0, potential };
+    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &token, 1);
 }
 
 void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets) {

@@ -17,11 +17,11 @@ struct work_layout {
     size_t  train_size; // bytes from one train to the next
 };
 
-// Brings memory near that this thread will soon read, or write.
-template <bool WRITE> void bring_near(const void * memory, size_t size) {
+// Brings memory near that this thread will soon read.
+inline void bring_near(const void * memory, size_t size) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < size; i += ALIGNMENT) {
-        __builtin_prefetch((const char *) memory + i, WRITE, 3);
+        __builtin_prefetch((const char *) memory + i, 0, 3);
     }
 #else
     (void) memory, (void) size;
