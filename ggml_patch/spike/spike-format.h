@@ -16,16 +16,25 @@
 #endif
 
 #define QK_SPK 64            // inputs per block: also the size of the rotation
-#define SPIKE_SALIENT_SLOTS 2 // salient weights per block, at most
+#define SPIKE_SALIENT_SLOTS 4 // salient weights per block, at most
+#define SPIKE_HEADER_SLOTS  2 // of them whose bytes are the row's header in the first block of a row
 
 // 64 weights of one row: 4.5 bits per weight.
 // The value of element i is threshold * (code + extension - zero_point).
 typedef struct {
-    uint16_t header;                     // same in all blocks of a row, see the masks below
-    uint8_t  salient[SPIKE_SALIENT_SLOTS]; // bits 0-5 position, bits 6-7: 0 none, 1 +16, 2 -16, 3 invalid
-    uint8_t  codes[QK_SPK / 2];          // low nibble element j, high nibble element j + 32
+    uint8_t salient[SPIKE_SALIENT_SLOTS]; // bits 0-5 position, bits 6-7: 0 none, 1 +16, 2 -16, 3 invalid
+    uint8_t codes[QK_SPK / 2];            // low nibble element j, high nibble element j + 32
 } block_spk4;
-static_assert(sizeof(block_spk4) == 2 + SPIKE_SALIENT_SLOTS + QK_SPK / 2, "wrong spk4 block size/padding");
+static_assert(sizeof(block_spk4) == SPIKE_SALIENT_SLOTS + QK_SPK / 2, "wrong spk4 block size/padding");
+
+// A row's threshold, zero-point and rotation, see the masks below: u16 in place of the first salient slots of its first block.
+static inline uint16_t spike_header_of(const block_spk4 * row) {
+    return (uint16_t) (row->salient[0] | row->salient[1] << 8);
+}
+
+static inline int spike_first_slot(int64_t block_of_row) {
+    return block_of_row == 0 ? SPIKE_HEADER_SLOTS : 0;
+}
 
 #define SPK4_NOT_ROTATED 0x8000
 #define SPK4_THRESHOLD   0x7FF0 // an f16 magnitude whose four low mantissa bits are zero

@@ -8,28 +8,31 @@
 
 enum { SALIENT_NONE = 0, SALIENT_INVALID = 3 };
 
-const char * spike_check_weights(const block_spk4 * x) {
-    if ((x->header & 0x7C00) == 0x7C00) {
+const char * spike_check_weights(const block_spk4 * x, bool first_of_row) {
+    const uint16_t header = spike_header_of(x);
+    if (first_of_row && (header & 0x7C00) == 0x7C00) {
         return "threshold is not finite";
     }
-    if ((x->header & SPK4_THRESHOLD) == 0) {
+    if (first_of_row && (header & SPK4_THRESHOLD) == 0) {
         return "threshold is zero";
     }
-    const int first  = x->salient[0] >> 6;
-    const int second = x->salient[1] >> 6;
-    if (first == SALIENT_INVALID || second == SALIENT_INVALID) {
-        return "salient weight has no valid extension";
+    bool invalid = false, not_zero = false, gap = false, not_ascending = false;
+    const int first_slot = first_of_row ? SPIKE_HEADER_SLOTS : 0;
+    for (int slot = first_slot; slot < SPIKE_SALIENT_SLOTS; slot++) {
+        const uint8_t salient   = x->salient[slot];
+        const int     extension = salient >> 6;
+        invalid  |= extension == SALIENT_INVALID;
+        not_zero |= extension == SALIENT_NONE && salient != 0;
+        if (slot > first_slot && extension != SALIENT_NONE) {
+            const uint8_t before = x->salient[slot - 1];
+            gap           |= before >> 6 == SALIENT_NONE;
+            not_ascending |= (before & 63) >= (salient & 63);
+        }
     }
-    if ((first == SALIENT_NONE && x->salient[0] != 0) || (second == SALIENT_NONE && x->salient[1] != 0)) {
-        return "unused salient slot is not zero";
-    }
-    if (first == SALIENT_NONE && second != SALIENT_NONE) {
-        return "unused salient slot before a used one";
-    }
-    if (second != SALIENT_NONE && (x->salient[0] & 63) >= (x->salient[1] & 63)) {
-        return "salient positions are not ascending";
-    }
-    return NULL;
+    return invalid ? "salient weight has no valid extension"
+        : not_zero ? "unused salient slot is not zero"
+        : gap ? "unused salient slot before a used one"
+        : not_ascending ? "salient positions are not ascending" : NULL;
 }
 
 const char * spike_check_activations(const block_spka * x) {
@@ -71,8 +74,8 @@ const char * spike_check_activations(const block_spka * x) {
 bool spike_validate_weights(const void * data, size_t n_blocks) {
     const block_spk4 * x = data;
     for (size_t b = 0; b < n_blocks; b++) {
-        const char * fault = spike_check_weights(x + b);
-        if (fault) {
+        const char * fault = spike_check_weights(x + b, false);
+        if (fault && spike_check_weights(x + b, true) != NULL) {
             GGML_LOG_ERROR("%s: spk4 block %zu: %s\n", __func__, b, fault);
             return false;
         }
@@ -92,30 +95,22 @@ bool spike_validate_activations(const void * data, size_t n_blocks) {
     return true;
 }
 
-// NULL, or what is wrong with a block of a row, given the first header of the row and the rotation of the tensor.
-static const char * check_block_of_row(const block_spk4 * x, uint16_t header, uint16_t rotation) {
-    const char * fault = spike_check_weights(x);
-    if (fault) {
-        return fault;
-    }
-    if (x->header != header) {
-        return "header differs from the first block of its row";
-    }
-    return (x->header & SPK4_NOT_ROTATED) != rotation ? "rotation differs from the first row" : NULL;
-}
-
 bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows) {
     const int64_t n_blocks = n_per_row/QK_SPK;
     const block_spk4 * x = data;
-    const uint16_t rotation = n_rows*n_blocks > 0 ? x[0].header & SPK4_NOT_ROTATED : 0;
+    const uint16_t rotation = n_rows*n_blocks > 0 ? spike_header_of(x) & SPK4_NOT_ROTATED : 0;
     for (int64_t r = 0; r < n_rows; r++) {
         const block_spk4 * row = x + r*n_blocks;
-        bool sound = true;
+        const bool rotation_differs = n_blocks > 0 && (spike_header_of(row) & SPK4_NOT_ROTATED) != rotation;
+        bool sound = !rotation_differs;
         for (int64_t b = 0; b < n_blocks; b++) {
-            sound &= spike_is_sound_in_row(row + b, row[0].header, rotation);
+            sound &= spike_is_sound(row + b, b == 0);
         }
         for (int64_t b = 0; !sound && b < n_blocks; b++) {
-            const char * fault = check_block_of_row(row + b, row[0].header, rotation);
+            const char * fault = spike_check_weights(row + b, b == 0);
+            if (fault == NULL && b == 0 && rotation_differs) {
+                fault = "rotation differs from the first row";
+            }
             if (fault) {
                 GGML_LOG_ERROR("%s: tensor '%s', row %" PRId64 ", block %" PRId64 ": %s\n", __func__, name, r, b, fault);
                 return false;

@@ -76,8 +76,13 @@ typedef struct {
     float zero_point;
 } row_scale;
 
+static int slots_of_block(int64_t block_of_row) {
+    return SPIKE_SALIENT_SLOTS - spike_first_slot(block_of_row);
+}
+
 // Marks what the search treats as salient: the n_salient largest magnitudes of a block, the first of equals.
-static void mark_largest(const float * w, int n_salient, float reach[QK_SPK]) {
+static void mark_largest(const float * w, int64_t block_of_row, int n_salient, float reach[QK_SPK]) {
+    n_salient = n_salient < slots_of_block(block_of_row) ? n_salient : slots_of_block(block_of_row);
     memset(reach, 0, QK_SPK*sizeof(float));
     for (int s = 0; s < n_salient; s++) {
         int largest = -1;
@@ -96,7 +101,7 @@ SPIKE_CLONES void spike_search_row(const float * w, const float * importance, in
     float smallest = INFINITY;
     float largest  = -INFINITY;
     for (int64_t b = 0; b < n; b += QK_SPK) {
-        mark_largest(w + b, n_salient, reach);
+        mark_largest(w + b, b/QK_SPK, n_salient, reach);
         for (int i = 0; i < QK_SPK; i++) {
             if (reach[i] == 0.0f) {
                 const float x = w[b + i];
@@ -121,7 +126,7 @@ SPIKE_CLONES void spike_search_row(const float * w, const float * importance, in
         error[k]      = 0.0f;
     }
     for (int64_t b = 0; b < n; b += QK_SPK) {
-        mark_largest(w + b, n_salient, reach);
+        mark_largest(w + b, b/QK_SPK, n_salient, reach);
         for (int i = 0; i < QK_SPK; i++) {
             const float x = w[b + i];
             const float m = importance[b + i];
@@ -144,27 +149,36 @@ SPIKE_CLONES void spike_search_row(const float * w, const float * importance, in
     *best_zero_point = zero_point[best];
 }
 
-void spike_store_codes(const float values[QK_SPK], float threshold, int zero_point, bool rotated, block_spk4 * y) {
-    y->header = (uint16_t) (spike_threshold_to_header(threshold) | zero_point | (rotated ? 0 : SPK4_NOT_ROTATED));
-    memset(y->salient, 0, sizeof(y->salient));
-    uint8_t nibble[QK_SPK];
-    int n_salient = 0;
-    for (int i = 0; i < QK_SPK; i++) {
-        int code = (int) values[i] + zero_point;
-        if (code < 0 || code > 15) {
-            GGML_ASSERT(n_salient < SPIKE_SALIENT_SLOTS && code >= -16 && code <= 31);
-            y->salient[n_salient++] = (uint8_t) (i | (code > 15 ? 1 : 2) << 6);
-            code += code > 15 ? -16 : 16;
-        }
-        nibble[i] = (uint8_t) code;
-    }
-    for (int j = 0; j < QK_SPK/2; j++) {
-        y->codes[j] = (uint8_t) (nibble[j] | nibble[j + QK_SPK/2] << 4);
-    }
+static void store_header(block_spk4 * row, uint16_t header) {
+    row->salient[0] = (uint8_t) header;
+    row->salient[1] = (uint8_t) (header >> 8);
 }
 
-// Codes of one block at a given scale; the two elements that gain most by it become salient.
-static void encode_block(const float * w, row_scale scale, block_spk4 * y) {
+void spike_store_row(const float * values, int64_t n, float threshold, int zero_point, bool rotated, block_spk4 * row) {
+    for (int64_t b = 0; b < n/QK_SPK; b++) {
+        block_spk4 * y = row + b;
+        memset(y->salient, 0, sizeof(y->salient));
+        uint8_t nibble[QK_SPK];
+        int slot = spike_first_slot(b);
+        for (int i = 0; i < QK_SPK; i++) {
+            int code = (int) values[b*QK_SPK + i] + zero_point;
+            if (code < 0 || code > 15) {
+                GGML_ASSERT(slot < SPIKE_SALIENT_SLOTS && code >= -16 && code <= 31);
+                y->salient[slot++] = (uint8_t) (i | (code > 15 ? 1 : 2) << 6);
+                code += code > 15 ? -16 : 16;
+            }
+            nibble[i] = (uint8_t) code;
+        }
+        for (int j = 0; j < QK_SPK/2; j++) {
+            y->codes[j] = (uint8_t) (nibble[j] | nibble[j + QK_SPK/2] << 4);
+        }
+    }
+    const uint16_t header = (uint16_t) (spike_threshold_to_header(threshold) | zero_point | (rotated ? 0 : SPK4_NOT_ROTATED));
+    store_header(row, header);
+}
+
+// Codes of one block at a given scale in place of its weights; those that gain most by it become salient.
+static void encode_block(float * w, row_scale scale, int n_salient) {
     const float inverse = 1.0f / scale.threshold;
     const float lo = -scale.zero_point;
     const float hi = 15.0f - scale.zero_point;
@@ -178,7 +192,7 @@ static void encode_block(const float * w, row_scale scale, block_spk4 * y) {
         const float gained   = clamped*clamped - extended*extended;
         gain[i] = wide[i] != code[i] && gained > 0.0f ? gained : 0.0f; // not NaN, of huge weights
     }
-    for (int s = 0; s < SPIKE_SALIENT_SLOTS; s++) {
+    for (int s = 0; s < n_salient; s++) {
         int best = 0;
         for (int i = 1; i < QK_SPK; i++) {
             if (gain[i] > gain[best]) {
@@ -190,7 +204,7 @@ static void encode_block(const float * w, row_scale scale, block_spk4 * y) {
             gain[best] = 0.0f;
         }
     }
-    spike_store_codes(code, scale.threshold, (int) scale.zero_point, true, y);
+    memcpy(w, code, sizeof(code));
 }
 
 // scratch: 2*n floats
@@ -218,16 +232,15 @@ static void quantize_row(const float * x, const float * importance, block_spk4 *
     if (!finite) {
         // no code can hold it: an infinite threshold makes validation refuse the row
         memset(y, 0, (size_t) (n/QK_SPK)*sizeof(block_spk4));
-        for (int64_t b = 0; b < n/QK_SPK; b++) {
-            y[b].header = SPK4_THRESHOLD;
-        }
+        store_header(y, SPK4_THRESHOLD);
         return;
     }
     row_scale scale;
     spike_search_row(w, m, n, SPIKE_SALIENT_SLOTS, &scale.threshold, &scale.zero_point);
     for (int64_t b = 0; b < n; b += QK_SPK) {
-        encode_block(w + b, scale, y + b/QK_SPK);
+        encode_block(w + b, scale, slots_of_block(b/QK_SPK));
     }
+    spike_store_row(w, n, scale.threshold, (int) scale.zero_point, true, y);
 }
 
 size_t quantize_spk4(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * importance) {
@@ -249,28 +262,30 @@ void quantize_row_spk4_ref(const float * x, block_spk4 * y, int64_t k) {
 
 // ---- dequantization
 
-void spike_weight_values(const block_spk4 * x, int8_t values[QK_SPK]) {
+void spike_weight_values(const block_spk4 * row, int64_t block, int8_t values[QK_SPK]) {
     static const int8_t extension[4] = { 0, 16, -16, 0 };
-    const int zero_point = x->header & SPK4_ZERO_POINT;
+    const block_spk4 * x = row + block;
+    const int zero_point = spike_header_of(row) & SPK4_ZERO_POINT;
     for (int j = 0; j < QK_SPK/2; j++) {
         values[j]            = (int8_t) ((x->codes[j] & 15) - zero_point);
         values[j + QK_SPK/2] = (int8_t) ((x->codes[j] >> 4) - zero_point);
     }
-    for (int s = 0; s < SPIKE_SALIENT_SLOTS; s++) {
-        int8_t * value = &values[x->salient[s] & 63];
-        *value = (int8_t) (*value + extension[x->salient[s] >> 6]);
+    for (int slot = spike_first_slot(block); slot < SPIKE_SALIENT_SLOTS; slot++) {
+        int8_t * value = &values[x->salient[slot] & 63];
+        *value = (int8_t) (*value + extension[x->salient[slot] >> 6]);
     }
 }
 
 void dequantize_row_spk4(const block_spk4 * x, float * y, int64_t k) {
+    const uint16_t header    = k > 0 ? spike_header_of(x) : 0;
+    const float    threshold = spike_threshold_from_header(header);
     for (int64_t b = 0; b < k/QK_SPK; b++) {
         int8_t values[QK_SPK];
-        spike_weight_values(x + b, values);
-        const float threshold = spike_threshold_from_header(x[b].header);
+        spike_weight_values(x, b, values);
         for (int i = 0; i < QK_SPK; i++) {
             y[b*QK_SPK + i] = threshold * (float) values[i];
         }
-        if (!(x[b].header & SPK4_NOT_ROTATED)) {
+        if (!(header & SPK4_NOT_ROTATED)) {
             spike_rotate_block(y + b*QK_SPK);
         }
     }

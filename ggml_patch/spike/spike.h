@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -78,15 +79,16 @@ GGML_API float spike_threshold_from_header(uint16_t header);
 GGML_API uint16_t spike_threshold_to_header(float threshold_on_grid);
 
 // The threshold (on the grid) and zero-point of least squared error for a row in its stored basis, each element's error
-// weighted by importance, with the n_salient largest magnitudes of every block free to use extended codes.
+// weighted by importance, with the n_salient largest magnitudes of every block (of the first, two at most) free to use extended codes.
 GGML_API void spike_search_row(const float * weights, const float * importance, int64_t n, int n_salient,
                                float * threshold, float * zero_point);
 
-// Packs 64 integer weights (at most two outside 0..15 above -zero_point, which become salient) into a block.
-GGML_API void spike_store_codes(const float values[QK_SPK], float threshold_on_grid, int zero_point, bool rotated, block_spk4 * y);
+// Packs n integer weights, those of a row, into its blocks. At most two of the first 64 and four of each 64 after them may be
+// outside 0..15 above -zero_point; these become salient.
+GGML_API void spike_store_row(const float * values, int64_t n, float threshold_on_grid, int zero_point, bool rotated, block_spk4 * row);
 
-// Unpacks a block to its signed integer weights, code + extension - zero_point (-31..31).
-GGML_API void spike_weight_values(const block_spk4 * x, int8_t values[QK_SPK]);
+// Unpacks a block of a row to its signed integer weights, code + extension - zero_point (-31..31).
+GGML_API void spike_weight_values(const block_spk4 * row, int64_t block, int8_t values[QK_SPK]);
 
 // ---- activations (spike-activations.c)
 
@@ -121,30 +123,36 @@ GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata,
 
 // ---- validation (spike-validate.c): every bit pattern is valid or rejected
 
-// Whether spike_check_weights finds nothing, without a branch.
-static inline bool spike_is_sound(const block_spk4 * x) {
-    const unsigned first = x->salient[0] >> 6, second = x->salient[1] >> 6; // extensions: 0 none, 3 invalid
-    const bool threshold = ((x->header & 0x7C00) != 0x7C00) & ((x->header & SPK4_THRESHOLD) != 0);
-    const bool valid     = (first != 3) & (second != 3);
-    const bool unused    = ((first != 0) | (x->salient[0] == 0)) & ((second != 0) | (x->salient[1] == 0));
-    const bool ascending = (second == 0) | ((first != 0) & ((x->salient[0] & 63) < (x->salient[1] & 63)));
-    return threshold & valid & unused & ascending;
+// Whether the salient slots of a block follow the rules, all four at once.
+static inline bool spike_has_sound_slots(const block_spk4 * x, bool first_of_row) {
+    uint32_t slots;
+    memcpy(&slots, x->salient, sizeof(slots));
+    slots >>= first_of_row ? 8*SPIKE_HEADER_SLOTS : 0; // unused ones come in
+    const uint32_t high = 0x80808080, places = slots & 0x3F3F3F3F;
+    const uint32_t used      = (slots | slots << 1) & high; // an extension
+    const uint32_t invalid   = (slots & slots << 1) & high;
+    const uint32_t not_zero  = (places + 0x3F3F3F3F) << 1 & high;
+    const uint32_t next_used = used >> 8;
+    const uint32_t ascending = (((places >> 8) | high) - places - 0x01010101) & high; // places are below 64: no borrow
+    return (invalid | (not_zero & ~used) | (next_used & ~used) | (next_used & ~ascending)) == 0;
 }
 
-// The same for a block of a row, given the first header of the row and SPK4_NOT_ROTATED of the tensor's first block.
-static inline bool spike_is_sound_in_row(const block_spk4 * x, uint16_t header, uint16_t rotation) {
-    return spike_is_sound(x) & (x->header == header) & ((x->header & SPK4_NOT_ROTATED) == rotation);
+// Whether spike_check_weights finds nothing, without a branch on the data.
+static inline bool spike_is_sound(const block_spk4 * x, bool first_of_row) {
+    const uint16_t header = spike_header_of(x);
+    const bool threshold = ((header & 0x7C00) != 0x7C00) & ((header & SPK4_THRESHOLD) != 0);
+    return (threshold | !first_of_row) & spike_has_sound_slots(x, first_of_row);
 }
 
-// NULL if the block alone is valid, else what is wrong with it.
-GGML_API const char * spike_check_weights(const block_spk4 * x);
+// NULL if a block alone is valid, as the first of a row or as another one; else what is wrong with it.
+GGML_API const char * spike_check_weights(const block_spk4 * x, bool first_of_row);
 GGML_API const char * spike_check_activations(const block_spka * x);
 
-// The hook of ggml_validate_row_data, which knows no row length: blocks one by one.
+// The hook of ggml_validate_row_data, which knows no row length: blocks one by one, each valid as the first of a row or as another.
 GGML_API bool spike_validate_weights(const void * data, size_t n_blocks);
 GGML_API bool spike_validate_activations(const void * data, size_t n_blocks);
 
-// A whole tensor: blocks, uniform headers in each row, one rotation flag. Reports the first fault by row and block.
+// A whole tensor: headers, blocks, one rotation flag. Reports the first fault by row and block.
 GGML_API bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows);
 
 #ifdef __cplusplus

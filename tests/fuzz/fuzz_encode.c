@@ -51,7 +51,7 @@ static void check_quantizer(fuzz_input * input, const float * x, int64_t n) {
     const size_t written = quantize_spk4(x, blocks, 1, n, fuzz_byte(input) & 1 ? importance : NULL);
     fuzz_require(written == (size_t) (n/QK_SPK)*sizeof(block_spk4), "the quantizer fills a row");
     const bool valid = spike_validate_tensor("row", blocks, n, 1);
-    fuzz_require(valid || !all_finite(x, n) || (blocks->header & SPK4_THRESHOLD) == SPK4_THRESHOLD,
+    fuzz_require(valid || !all_finite(x, n) || (spike_header_of(blocks) & SPK4_THRESHOLD) == SPK4_THRESHOLD,
                  "quantized rows are valid, or marked as too large");
     dequantize_row_spk4(blocks, decoded, n);
     free(decoded);

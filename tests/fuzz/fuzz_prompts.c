@@ -9,8 +9,10 @@ enum { MAX_BLOCKS = 5, TOKENS = 8, SIZE = SPIKE_SCHEDULE_CLASSES*SPIKE_TILE_ROWS
 
 static bool is_plain(const block_spk4 * row, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; b++) {
-        if (row[b].header != row->header || ((row[b].salient[0] | row[b].salient[1]) & 0xC0)) {
-            return false;
+        for (int slot = spike_first_slot(b); slot < SPIKE_SALIENT_SLOTS; slot++) {
+            if (row[b].salient[slot] & 0xC0) {
+                return false;
+            }
         }
     }
     return true;
@@ -26,8 +28,8 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
     fuzz_fill(input, token, (size_t) n_blocks*sizeof(block_spka));
     fuzz_fill(input, weights, (size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     for (int64_t i = 0; uniform && i < n_rows*n_blocks; i++) {
-        weights[i].header = weights[i/n_blocks*n_blocks].header;
-        weights[i].salient[0] = weights[i].salient[1] = 0;
+        const int first_slot = spike_first_slot(i % n_blocks);
+        memset(weights[i].salient + first_slot, 0, (size_t) (SPIKE_SALIENT_SLOTS - first_slot));
     }
     for (int64_t b = 1; uniform && b < n_blocks; b++) {
         memcpy(token + b, token, 8);
@@ -50,7 +52,7 @@ static void check_products(fuzz_input * input, const spike_kernels ** kernels, i
             }
             int32_t fine, coarse;
             spike_potentials_of_row(row, token, n_blocks, &fine, &coarse);
-            const int64_t offset = (row->header & SPK4_ZERO_POINT) - 8, unit = (int64_t) 1 << schedule->shift;
+            const int64_t offset = (spike_header_of(row) & SPK4_ZERO_POINT) - 8, unit = (int64_t) 1 << schedule->shift;
             const int64_t fine_sum = offset*schedule->sum[0], coarse_sum = offset*schedule->sum[1];
             if (schedule->merged) {
                 const int32_t true_sum = (int32_t) ((uint32_t) expected[i] - (uint32_t) (fine_sum + unit*coarse_sum));

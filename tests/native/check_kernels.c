@@ -80,7 +80,7 @@ static bool equals_dot_product(const int32_t * potential, const block_spk4 * row
     for (int64_t r = 0; r < n_rows; r++) {
         int32_t fine, coarse;
         spike_potentials_of_row(rows + r*n_blocks, token, n_blocks, &fine, &coarse);
-        const int32_t offset = (rows[r*n_blocks].header & SPK4_ZERO_POINT) - 8;
+        const int32_t offset = (spike_header_of(rows + r*n_blocks) & SPK4_ZERO_POINT) - 8;
         if (fine != potential[r] - offset*train->sum[0] || coarse != potential[SPIKE_TILE_ROWS + r] - offset*train->sum[1]) {
             return false;
         }
@@ -220,23 +220,31 @@ static int check_lists(const spike_kernels * kernels) {
     return wrong;
 }
 
-// All headers, and all pairs of salient weights: the check without branches finds what the other one finds.
+// All headers, all pairs of neighbouring salient weights beside any others, and four of any kind: the check without branches
+// finds what the other one finds.
 static int check_soundness(void) {
     enum { ALL = 1 << 16 };
-    int wrong = 0;
+    int wrong = 0, valid = 0;
     block_spk4 block;
     memset(&block, 0, sizeof(block));
-    for (int i = 0; i < 2*ALL; i++) {
+    for (int i = 0; i < 6*ALL; i++) {
         const uint16_t bits = (uint16_t) i;
-        block.header = i < ALL ? bits : 0x3C08;
-        memset(block.salient, 0, sizeof(block.salient));
-        if (i >= ALL) {
-            memcpy(block.salient, &bits, sizeof(bits));
+        for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) { // mostly as a quantizer leaves them
+            const int used = slot <= (int) random_below(SPIKE_SALIENT_SLOTS + 1);
+            block.salient[slot] = random_below(16) ? (uint8_t) (used ? (16*slot + (int) random_below(16)) | (1 + (int) random_below(2)) << 6 : 0)
+                                                   : (uint8_t) next_random();
         }
-        wrong += spike_is_sound(&block) != (spike_check_weights(&block) == NULL);
+        if (i < 4*ALL) {
+            memcpy(block.salient + (i < ALL ? 0 : i/ALL - 1), &bits, sizeof(bits));
+        }
+        for (int first = 0; first < 2; first++) {
+            const bool sound = spike_check_weights(&block, first) == NULL;
+            wrong += spike_is_sound(&block, first) != sound;
+            valid += sound;
+        }
     }
-    printf("blocks %d wrong %d\n", 2*ALL, wrong);
-    return wrong;
+    printf("blocks %d valid %d wrong %d\n", 2*6*ALL, valid, wrong);
+    return wrong + (valid == 0);
 }
 
 // ---- encoder

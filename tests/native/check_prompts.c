@@ -25,7 +25,7 @@ static bool equals_dot_product(const int32_t * potential, const block_spk4 * row
     for (int64_t r = 0; r < n_rows; r++) {
         int32_t fine, coarse;
         spike_potentials_of_row(rows + r*n_blocks, token, n_blocks, &fine, &coarse);
-        const int64_t offset = (rows[r*n_blocks].header & SPK4_ZERO_POINT) - 8;
+        const int64_t offset = (spike_header_of(rows + r*n_blocks) & SPK4_ZERO_POINT) - 8;
         const int64_t unit   = (int64_t) 1 << schedule->shift;
         const int64_t sum[2] = { offset*schedule->sum[0], offset*schedule->sum[1] };
         if (schedule->merged) {
@@ -149,29 +149,29 @@ static int check_salient_lines(void) {
 // all blocks, and as many blocks as there may be.
 static int check_salient_tokens(void) {
     static const int64_t BLOCKS[] = { 1, 2, 3, 9, 60, 61, 200, SPIKE_MAX_TILED_INPUTS/QK_SPK };
-    enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 4, MOST = 5 };
+    enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 5, MOST = 5 };
     int wrong = 0;
     random_state = 4;
     for (int i = 0; i < N_SIZES*KINDS; i++) {
         const int64_t n_blocks = BLOCKS[i % N_SIZES], n = n_blocks*QK_SPK;
-        const int     kind     = i/N_SIZES; // random, all add, all subtract, all add the negative
+        const int     kind     = i/N_SIZES; // random, all add the largest, all subtract it, all add the smallest, all subtract it
         const int64_t n_rows   = i/2 % 2 ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS, n_tokens = 1 + i % MOST;
         const int64_t n_salients = n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
         uint8_t * salients = allocate((size_t) n_salients);
         int8_t  * values   = allocate((size_t) (n_tokens*2*n));
         spike_salient_token tokens[MOST];
-        uint64_t coarse_blocks[MOST][SPIKE_SCHEDULE_BLOCKS/64] = { { 0 } };
+        uint64_t coarse_blocks[MOST][SPIKE_BLOCK_WORDS] = { { 0 } };
         int32_t found[MOST][SPIKE_TILE_ROWS], expected[MOST][SPIKE_TILE_ROWS];
         for (int64_t j = 0; j < n_salients; j++) {
             const uint8_t any = (uint8_t) next_random();
-            salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind == 2 ? 2 : 1) << 6);
+            salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind % 2 ? 1 : 2) << 6);
         }
         for (int64_t t = 0; t < n_tokens; t++) {
             int8_t * fine = values + t*2*n, * coarse = fine + n;
             for (int64_t j = 0; j < n; j++) {
                 const bool loud = t % 3 == 2 || (t % 3 == 1 && random_below(100) == 0);
-                fine[j]   = (int8_t) (kind == 0 ? random_below(33) - 16 : kind == 3 ? -16 : 16);
-                coarse[j] = (int8_t) (!loud ? 0 : kind == 0 ? random_below(33) - 16 : kind == 3 ? -16 : 16);
+                fine[j]   = (int8_t) (kind == 0 ? random_below(32) - 16 : kind > 2 ? -16 : 15);
+                coarse[j] = (int8_t) (!loud ? 0 : kind == 0 ? random_below(32) - 16 : kind > 2 ? -16 : 15);
                 coarse_blocks[t][j/QK_SPK/64] |= (uint64_t) (coarse[j] != 0) << j/QK_SPK % 64;
             }
             tokens[t] = (spike_salient_token) { fine, t == 3 ? NULL : coarse, coarse_blocks[t], (int32_t) random_below(SPIKE_MAX_SHIFT + 1), found[t] };

@@ -43,7 +43,6 @@ static inline void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_b
         const uint16_t header = (uint16_t) (0x3C00 | random_below(16));
         for (int64_t b = 0; b < n_blocks; b++) {
             block_spk4 * x = blocks + r*n_blocks + b;
-            x->header = header;
             for (int j = 0; j < QK_SPK/2; j++) {
                 const uint8_t random = (uint8_t) next_random();
                 const uint8_t mixed  = (r & 1) ? 0xFF : 0x00; // extremes side by side in a line
@@ -56,6 +55,7 @@ static inline void fill_weights(block_spk4 * blocks, int64_t n_rows, int64_t n_b
                 x->salient[slot] = salient ? (uint8_t) (((position + slot) & 63) | sign << 6) : 0;
             }
         }
+        memcpy(blocks[r*n_blocks].salient, &header, sizeof(header));
     }
 }
 

@@ -45,7 +45,7 @@ size_t stored_matrix_size(const ggml_tensor * tensor) {
 }
 
 uint16_t rotation_of(const void * blocks) {
-    return ((const block_spk4 *) blocks)->header & SPK4_NOT_ROTATED;
+    return spike_header_of((const block_spk4 *) blocks) & SPK4_NOT_ROTATED;
 }
 
 // Tiles of all matrices of a tensor, shared out over the CPU's cores if there are enough to pay for threads. Returns whether

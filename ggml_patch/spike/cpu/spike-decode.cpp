@@ -3,8 +3,8 @@
 // A product of one token is bound by memory, which is read at full speed only if requests for lines come evenly and in the
 // order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
 // inputs are left out. So the work of a thread is a sequence of stages, one for each chunk of inputs, and while a stage
-// computes, the lines of the next one are requested, one for every so many places of its spike lists: with the last chunk's the
-// salient weights, and with what follows it the first chunk of the next product.
+// computes, the lines of the next one are requested, one for every so many places of its spike lists, with a part of the salient
+// weights; and with what follows the last chunk the first one of the next product.
 #include "spike-encoding.h"
 #include "spike-tiles.h"
 
@@ -161,11 +161,12 @@ class request_list {
         }
     }
 
+    int64_t run_bytes() const { return lines_of_run*SPIKE_LINE_BYTES; }
+
     void append_bytes(const uint8_t * first, int64_t n_bytes) {
-        const int64_t run_bytes = lines_of_run*SPIKE_LINE_BYTES;
-        const int64_t n = std::min<int64_t>(n_bytes/run_bytes, MAX_STAGE_RUNS);
+        const int64_t n = std::min<int64_t>(n_bytes/run_bytes(), MAX_STAGE_RUNS);
         for (int64_t e = 0; e < n; e++) {
-            runs[end + e] = first + e*run_bytes;
+            runs[end + e] = first + e*run_bytes();
         }
         end += (uint32_t) n;
     }
@@ -247,12 +248,19 @@ class stage_list {
         const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
         requests.append_lines(layout, packed, group, n_active, [&](int64_t e) { return active[e]; });
         requests.append_half(layout, packed, group, first, spike_chunk_start(layout.n_inputs, train->n_chunks, chunk));
+        append_salients();
         if (chunk == train->n_chunks) {
-            requests.append_bytes(spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0),
-                                  group.n_tiles()*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
             group = own.group_at(group.first_tile + group.n_tiles());
             chunk = 0;
         }
+    }
+
+    // A part of the group's salient weights, all of which are needed after its last chunk.
+    void append_salients() {
+        const uint8_t * first  = spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0);
+        const int64_t   n_runs = group.n_tiles()*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS/requests.run_bytes();
+        const int64_t   begin  = (chunk - 1)*n_runs/train->n_chunks, end = chunk*n_runs/train->n_chunks;
+        requests.append_bytes(first + begin*requests.run_bytes(), (end - begin)*requests.run_bytes());
     }
 
     void append_next_product() {
@@ -339,9 +347,7 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
         for (int64_t t = 0; t < group.n_tiles(); t++) {
             int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
             const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
-            for (int k = 0; k < SPIKE_CLASSES; k++) {
-                add_salient_of_token(salients, layout, k, train, potential + k*SPIKE_TILE_ROWS);
-            }
+            add_salient_of_token(salients, layout, train, potential);
             read_out(train, output, layout, packed, tile0 + t, potential);
         }
     }

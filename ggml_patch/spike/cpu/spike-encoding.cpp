@@ -42,7 +42,7 @@ bool is_rotated(const ggml_tensor * weights) {
         const spike_layout layout = spike_layout_of(weights->ne[0], weights->ne[1]);
         header = spike_headers(&layout, (const uint8_t *) weights->data)[0];
     } else {
-        header = ((const block_spk4 *) weights->data)->header;
+        header = spike_header_of((const block_spk4 *) weights->data);
     }
     return !(header & SPK4_NOT_ROTATED);
 }

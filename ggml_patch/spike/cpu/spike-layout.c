@@ -94,7 +94,7 @@ static size_t line_bytes_of(const spike_layout * layout, int64_t tile) {
 }
 
 bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, uint8_t * packed, int64_t first_tile, int64_t end_tile) {
-    const uint16_t rotation = layout->n_rows > 0 ? blocks->header & SPK4_NOT_ROTATED : 0;
+    const uint16_t rotation = layout->n_rows > 0 ? spike_header_of(blocks) & SPK4_NOT_ROTATED : 0;
     bool sound = true;
     for (int64_t tile = first_tile; tile < end_tile; tile++) {
         const spike_tile_lines lines = spike_lines_of_tile(layout, packed, tile);
@@ -106,18 +106,19 @@ bool spike_pack_tiles(const spike_layout * layout, const block_spk4 * blocks, ui
             const block_spk4 * column = blocks + row0*layout->n_blocks + b;
             pack_lines(column, layout->n_blocks, n_rows, line_bytes, first + (size_t) (b*QK_SPK)*lines.stride, lines.stride);
             for (int64_t r = 0; r < n_rows; r++) {
-                sound &= spike_is_sound_in_row(column + r*layout->n_blocks, blocks[(row0 + r)*layout->n_blocks].header, rotation);
+                sound &= spike_is_sound(column + r*layout->n_blocks, b == 0);
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 uint8_t * salients = packed + (spike_salients_of_tile(layout, packed, tile, b, slot) - packed);
                 for (int64_t r = 0; r < SPIKE_TILE_ROWS; r++) {
-                    salients[r] = r < n_rows ? column[r*layout->n_blocks].salient[slot] : 0;
+                    salients[r] = r < n_rows && slot >= spike_first_slot(b) ? column[r*layout->n_blocks].salient[slot] : 0;
                 }
             }
         }
         memset(first + (size_t) layout->n_inputs*lines.stride, 0, SPIKE_LINE_BYTES); // what is behind a shorter line is unused
         for (int64_t r = 0; r < SPIKE_TILE_ROWS; r++) {
-            const uint16_t header = r < n_rows ? blocks[(row0 + r)*layout->n_blocks].header : 0;
+            const uint16_t header = r < n_rows ? spike_header_of(blocks + (row0 + r)*layout->n_blocks) : 0;
+            sound &= r >= n_rows || (header & SPK4_NOT_ROTATED) == rotation;
             memcpy(packed + layout->header_offset + (size_t) (row0 + r)*sizeof(header), &header, sizeof(header));
         }
     }
@@ -138,7 +139,6 @@ void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, bl
         const spike_tile_lines lines = spike_lines_of_tile(layout, packed, tile);
         for (int64_t b = 0; b < layout->n_blocks; b++) {
             block_spk4 * y = blocks + r*layout->n_blocks + b;
-            y->header = headers[r];
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 y->salient[slot] = spike_salients_of_tile(layout, packed, tile, b, slot)[row];
             }
@@ -149,5 +149,7 @@ void spike_unpack_matrix(const spike_layout * layout, const uint8_t * packed, bl
                 y->codes[j] = (uint8_t) (low | high << 4);
             }
         }
+        block_spk4 * first = blocks + r*layout->n_blocks;
+        memcpy(first->salient, &headers[r], sizeof(headers[r]));
     }
 }

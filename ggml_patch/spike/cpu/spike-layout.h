@@ -6,6 +6,7 @@
 //           one line of zeros per tile ends the strip, for lists of inputs padded to a fixed length.
 //           Half a tile is a strip of its own
 //   matrix  strips | salient weights [tile][block][slot][128 rows] | headers [row]
+//           the slots of a row's first block that hold its header are unused here
 //
 // Nothing is lost: unpacking gives the stored blocks back to the byte.
 #pragma once
@@ -22,8 +23,10 @@ extern "C" {
 #define SPIKE_HALF_LINE   32 // bytes
 #define SPIKE_STRIP_TILES 16
 
-// Salient sums are kept in 16 bits: two weights of 16 steps in every block of up to 65472 inputs.
+// Salient sums are kept in 16 bits: four weights of 16 steps in every block of up to 32704 inputs.
 #define SPIKE_MAX_TILED_INPUTS (QK_SPK*(INT16_MAX/(SPIKE_SALIENT_SLOTS*16)))
+
+#define SPIKE_BLOCK_WORDS ((SPIKE_MAX_TILED_INPUTS/QK_SPK + 63)/64) // of 64 bits, one for each block
 
 typedef struct {
     int64_t n_inputs;

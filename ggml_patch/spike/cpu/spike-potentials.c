@@ -9,7 +9,7 @@ void spike_potentials_of_row(const block_spk4 * weights, const block_spka * acti
     int32_t fine_sum = 0, coarse_sum = 0;
     for (int64_t b = 0; b < n_blocks; b++) {
         int8_t w[QK_SPK], q[QK_SPK], c[QK_SPK];
-        spike_weight_values(weights + b, w);
+        spike_weight_values(weights, b, w);
         spike_activation_values(activations + b, q, c);
         int32_t block_fine = 0, block_coarse = 0;
         for (int i = 0; i < QK_SPK; i++) {
@@ -33,9 +33,10 @@ void ggml_vec_dot_spk4_spka(int n, float * s, size_t bs, const void * vx, size_t
     const block_spka * y = vy;
     const int n_blocks = n/QK_SPK;
 
-    bool consistent = !(x->header & SPK4_NOT_ROTATED) == !(y->flags & SPKA_NOT_ROTATED);
+    const uint16_t header = spike_header_of(x);
+    bool consistent = !(header & SPK4_NOT_ROTATED) == !(y->flags & SPKA_NOT_ROTATED);
     for (int b = 1; b < n_blocks; b++) {
-        consistent = consistent && x[b].header == x->header && same_token(y + b, y);
+        consistent = consistent && same_token(y + b, y);
     }
     if (!consistent) {
         *s = NAN;
@@ -44,5 +45,5 @@ void ggml_vec_dot_spk4_spka(int n, float * s, size_t bs, const void * vx, size_t
     int32_t fine, coarse;
     spike_potentials_of_row(x, y, n_blocks, &fine, &coarse);
     const float unit = (float) (1 << (y->salient_shift & SPIKE_MAX_SHIFT));
-    *s = spike_readout(spike_threshold_from_header(x->header), y->threshold, fine, coarse, unit);
+    *s = spike_readout(spike_threshold_from_header(header), y->threshold, fine, coarse, unit);
 }

@@ -27,7 +27,7 @@ typedef struct {
 } spike_rare_steps;
 
 // A token of which salient weights are to be added: 16 * sum over extended weights of +-(fine + coarse * 2^shift) to each row's
-// potential. Its sums of fine and of coarse values fit 16 bits.
+// potential. Values are -16..15, and the sums of fine and of coarse ones fit 16 bits.
 typedef struct {
     const int8_t *   fine;
     const int8_t *   coarse;        // NULL if all are zero
@@ -80,7 +80,7 @@ typedef struct {
     uint32_t (*list_rare)(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);
 } spike_prompt_kernels;
 
-// Class by class, with add_salient of the kernels in use.
+// Class by class, with add_salient of the kernels in use. Without fine values (NULL) there are only coarse ones.
 void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens);
 
 // By gather_inputs of the kernels in use.

@@ -112,17 +112,6 @@ SPIKE_CLONES static value_sums sum_values(const int8_t * values, int64_t n) {
     return s;
 }
 
-// Sets the bits of blocks in which any value is not zero; the others are zero before.
-SPIKE_CLONES static void find_blocks(const int8_t * values, int64_t n_blocks, uint64_t * found) {
-    for (int64_t b = 0; b < n_blocks; b++) {
-        int8_t any = 0;
-        for (int i = 0; i < QK_SPK; i++) {
-            any |= values[b*QK_SPK + i];
-        }
-        found[b/64] |= (uint64_t) (any != 0) << b % 64;
-    }
-}
-
 // Counts of a program under construction, see SPIKE_SCHEDULE_MAX_COUNTED.
 typedef struct {
     int32_t positive, negative;
@@ -240,7 +229,7 @@ void spike_schedule_build(const block_spka * activations, int64_t n_inputs, spik
     }
     memset(schedule->coarse_blocks, 0, sizeof(schedule->coarse_blocks));
     if (magnitudes[1] > 0) {
-        find_blocks(coarse, n_inputs/QK_SPK, schedule->coarse_blocks);
+        spike_find_blocks(coarse, n_inputs/QK_SPK, schedule->coarse_blocks);
     }
     const int64_t exact = 1 << 24;
     schedule->merged = MAX_WEIGHT*magnitudes[0] <= exact && MAX_WEIGHT*magnitudes[1] <= exact

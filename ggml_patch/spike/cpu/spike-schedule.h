@@ -24,7 +24,6 @@ extern "C" {
 
 #define SPIKE_SCHEDULE_CLASSES 2  // 0 fine (or both, merged), 1 coarse
 #define SPIKE_SCHEDULE_UNIT    2  // lists are padded to a multiple of it, with the line of zeros
-#define SPIKE_SCHEDULE_BLOCKS  ((SPIKE_MAX_TILED_INPUTS/QK_SPK + 63)/64*64) // at most, to a multiple of 64
 #define SPIKE_SCHEDULE_STEPS   72 // 8, and four for each octave up to the largest magnitude, 16*2^15
 #define SPIKE_SCHEDULE_SLACK   64 // places behind the lists that a kernel may overwrite
 #define SPIKE_SCHEDULE_SCALE   8  // lists hold numbers of lines times this, so that scaled addresses find them
@@ -61,7 +60,7 @@ typedef struct {
     int32_t  sum[SPIKE_SCHEDULE_CLASSES]; // of all signed magnitudes: the zero-point's share
     int32_t  largest;     // magnitude, of merged values; INT32_MAX if they are not
     int32_t  n_chunks;    // set before the values; the rest is spike_schedule_build's
-    uint64_t coarse_blocks[SPIKE_SCHEDULE_BLOCKS/64]; // bit by bit, the blocks in which any value is coarse
+    uint64_t coarse_blocks[SPIKE_BLOCK_WORDS]; // bit by bit, the blocks in which any value is coarse
 } spike_schedule;
 
 // Lines of a chunk: line 2*i of its input i, 2*i + 1 that line's complement, and zeros at the end.

@@ -8,12 +8,11 @@
 
 namespace spike {
 
-void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, int spike_class, const spike_train * train, int32_t * potential) {
-    if (!train->fires[spike_class]) {
-        return;
-    }
-    const spike_salient_token token = { spike_train_values(train, layout.n_inputs, spike_class), nullptr, nullptr, 0, potential };
-    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &token, 1);
+void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, const spike_train * train, int32_t * potential) {
+    const spike_salient_token fine = { spike_train_values(train, layout.n_inputs, 0), nullptr, nullptr, 0, potential };
+    const spike_salient_token coarse = { nullptr, spike_train_values(train, layout.n_inputs, 1), train->coarse_blocks, 0, potential + SPIKE_TILE_ROWS };
+    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &fine, train->fires[0]);
+    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &coarse, train->fires[1]);
 }
 
 void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets) {

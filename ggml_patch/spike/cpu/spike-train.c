@@ -144,6 +144,16 @@ static void lay_out_program(const spike_lists * lists, uint32_t first, spike_pro
     }
 }
 
+SPIKE_CLONES void spike_find_blocks(const int8_t * values, int64_t n_blocks, uint64_t * found) {
+    for (int64_t b = 0; b < n_blocks; b++) {
+        int8_t any = 0;
+        for (int i = 0; i < QK_SPK; i++) {
+            any |= values[b*QK_SPK + i];
+        }
+        found[b/64] |= (uint64_t) (any != 0) << b % 64;
+    }
+}
+
 void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_train * train) {
     const spike_kernels * kernels = spike_select_kernels();
     const int32_t n_chunks = train->n_chunks;
@@ -154,6 +164,7 @@ void spike_train_build(const block_spka * activations, int64_t n_inputs, spike_t
     const int8_t * fine = spike_train_values(train, n_inputs, 0), * coarse = spike_train_values(train, n_inputs, 1);
     train->sum[0] = sum_of(fine, n_inputs);
     train->sum[1] = sum_of(coarse, n_inputs);
+    spike_find_blocks(coarse, n_inputs/QK_SPK, train->coarse_blocks);
     spike_program * programs  = (spike_program *) (train + 1);
     uint16_t *      lines     = (uint16_t *) (programs + n_chunks*SPIKE_CLASSES);
     uint32_t *      starts    = (uint32_t *) (uintptr_t) spike_train_active_starts(train, n_inputs);

@@ -8,7 +8,7 @@
 // SPIKE_CHUNK_BLOCKS blocks) are in the program of the last of them, and the other coarse programs are empty.
 #pragma once
 
-#include "spike/spike.h"
+#include "spike-layout.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -47,6 +47,7 @@ typedef struct {
     int32_t  fires[SPIKE_CLASSES]; // whether any input does
     uint32_t n_spikes;            // length of all lists
     int32_t  n_chunks;            // set before the values; the rest is spike_train_build's
+    uint64_t coarse_blocks[SPIKE_BLOCK_WORDS]; // bit by bit, the blocks in which any value is coarse
 } spike_train;
 
 // Inputs by magnitude and sign, 2*|value| + (value < 0). Bucket 0 is silent, and nothing is in bucket 1.
@@ -65,6 +66,9 @@ typedef struct {
 // values: signed magnitudes of n inputs, a multiple of 64, from input `first` on. This one is plain C; kernels have their own.
 void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                        spike_lists * lists);
+
+// Sets the bits of blocks in which any value is not zero; the others are zero before.
+void spike_find_blocks(const int8_t * values, int64_t n_blocks, uint64_t * found);
 
 // How many chunks of at most so many blocks (1..SPIKE_CHUNK_BLOCKS) an input takes. Their sizes differ by one block at most.
 static inline int64_t spike_chunks(int64_t n_inputs, int64_t chunk_blocks) {

@@ -1,4 +1,4 @@
-// GPTQ for uniform rows: one threshold and one zero-point per row, two salient weights per block.
+// GPTQ for uniform rows: one threshold and one zero-point per row, two salient weights in a row's first block and four in the others.
 //
 //  1. what the row shall compute from the inputs that it will see: part of their deviation from the float model's inputs
 //     is predictable from them (after GPTAQ, Li et al. 2025), and the row makes up for a share of it
@@ -26,7 +26,7 @@ namespace {
 constexpr int     LANES = 32; // rows that go through GPTQ together, one per vector lane
 constexpr int64_t GPTQ_BLOCK = 64; // inputs; a divisor of all numbers of inputs
 constexpr int     STRIP = 8;  // inputs whose sums for all lanes stay in registers
-constexpr float   THRESHOLD_GRID[] = { 1.0f, 0.92f, 0.85f, 0.78f, 0.71f, 0.65f, 0.59f }; // of the searched one
+constexpr int     THRESHOLD_STEPS = 22; // GPTQ tries 1.04, 1.02, ... times the searched threshold
 constexpr int     FINALISTS = 2; // of the outcomes of GPTQ, per row
 constexpr float   EXTENSION = 16.0f;
 
@@ -214,11 +214,16 @@ class quantizer {
         }
     }
 
+    // Of a block of a row.
+    int most_salient(int64_t block) const {
+        return std::min<int>(options.salient_weights, SPIKE_SALIENT_SLOTS - spike_first_slot(block));
+    }
+
     // Marks the inputs whose codes may be extended during GPTQ: the largest magnitudes of each block.
     void mark_salient(const float * w, std::vector<float> & reach) const {
         std::fill(reach.begin(), reach.end(), 0.0f);
         for (int64_t b = 0; b < n; b += QK_SPK) {
-            for (int s = 0; s < options.salient_weights; s++) {
+            for (int s = 0; s < most_salient(b/QK_SPK); s++) {
                 int64_t largest = -1;
                 for (int64_t i = b; i < b + QK_SPK; i++) {
                     if (reach[i] == 0.0f && (largest < 0 || std::fabs(w[i]) > std::fabs(w[largest]))) {
@@ -275,7 +280,8 @@ class quantizer {
             }
         };
         std::copy(searched_zero, searched_zero + LANES, zero);
-        for (const float factor : THRESHOLD_GRID) {
+        for (int step = 0; step < THRESHOLD_STEPS; step++) {
+            const float factor = 1.04f - 0.02f*(float) step;
             for (int lane = 0; lane < LANES; lane++) {
                 theta[lane] = spike_threshold_on_grid(searched[lane]*factor);
             }
@@ -414,7 +420,7 @@ class quantizer {
                 const float best = v[i] - g[i]/(damped[i*n + i]*theta);
                 int & used = n_salient[i/QK_SPK];
                 const bool  was_salient = v[i] < lo || v[i] > hi;
-                const bool  may_extend  = was_salient || used < options.salient_weights;
+                const bool  may_extend  = was_salient || used < most_salient(i/QK_SPK);
                 const float extra = may_extend ? EXTENSION : 0.0f;
                 const float code  = spike_round(clamp(best, lo - extra, hi + extra));
                 if (code != v[i]) {
@@ -459,9 +465,7 @@ class quantizer {
     }
 
     void store(const float * v, float theta, float zero, block_spk4 * y) const {
-        for (int64_t b = 0; b < n_blocks; b++) {
-            spike_store_codes(v + b*QK_SPK, theta, (int) zero, options.rotated != 0, y + b);
-        }
+        spike_store_row(v, n, theta, (int) zero, options.rotated != 0, y);
     }
 
     const float *           weights;

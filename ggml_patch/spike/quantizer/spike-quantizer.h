@@ -30,7 +30,7 @@ GGML_BACKEND_API void spike_add_products(const int16_t * a, const float * a_step
 
 typedef struct {
     float   damping;        // added to the diagonal, as a share of its mean
-    int32_t salient_weights; // per block, 0..2
+    int32_t salient_weights; // per block, 0..4; the first of a row has two at most
     int32_t descent_sweeps; // of coordinate descent, per round; 0 for none
     int32_t rounds;         // of descent and threshold refit
     int32_t rotated;        // whether weights and moments are in the rotated basis: only sets the flag

@@ -34,34 +34,31 @@ SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
     return _mm256_blendv_epi8(below, above, bit5);
 }
 
+// 32 rows at a time, whose sums stay in registers.
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+    _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
     const __m256i two_bits = _mm256_set1_epi8(3);
     // bits 6-7: nothing, add, subtract, nothing
     const __m256i sign_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    enum { BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE) };
-    memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
-    for (int64_t b0 = 0; b0 < n_blocks; b0 += BLOCKS_PER_BYTE_SUM) {
-        const int64_t b1 = b0 + BLOCKS_PER_BYTE_SUM < n_blocks ? b0 + BLOCKS_PER_BYTE_SUM : n_blocks;
-        __m256i bytes[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
-        for (int64_t b = b0; b < b1; b++) {
-            __m256i table[4];
+    for (int row = 0; row < SPIKE_TILE_ROWS; row += 32) {
+        __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
+        const uint8_t * next = salients + row;
+        for (int64_t b = 0; b < n_blocks; b++) {
+            __m256i table[4], bytes = _mm256_setzero_si256();
             for (int q = 0; q < 4; q++) {
                 table[q] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) (values + b*QK_SPK + 16*q)));
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-                for (int v = 0; v < 4; v++) {
-                    const __m256i salient = _mm256_loadu_si256((const __m256i *) (salients + 32*v));
-                    const __m256i sign    = _mm256_shuffle_epi8(sign_of, _mm256_and_si256(_mm256_srli_epi16(salient, 6), two_bits));
-                    bytes[v] = _mm256_add_epi8(bytes[v], _mm256_sign_epi8(look_up(table, salient), sign));
-                }
-                salients += SPIKE_TILE_ROWS;
+                const __m256i salient = _mm256_loadu_si256((const __m256i *) next);
+                const __m256i sign    = _mm256_shuffle_epi8(sign_of, _mm256_and_si256(_mm256_srli_epi16(salient, 6), two_bits));
+                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign));
+                next += SPIKE_TILE_ROWS;
             }
+            first  = _mm256_add_epi16(first,  _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
+            second = _mm256_add_epi16(second, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1)));
         }
-        for (int v = 0; v < 4; v++) {
-            __m256i * s = (__m256i *) (sum + 32*v);
-            _mm256_storeu_si256(s,     _mm256_add_epi16(_mm256_loadu_si256(s),     _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes[v]))));
-            _mm256_storeu_si256(s + 1, _mm256_add_epi16(_mm256_loadu_si256(s + 1), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes[v], 1))));
-        }
+        _mm256_storeu_si256((__m256i *) (sum + row),      first);
+        _mm256_storeu_si256((__m256i *) (sum + row + 16), second);
     }
 }
 

@@ -69,15 +69,16 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
 enum {
     HALF_ROWS = SPIKE_HALF_TILE, // a vector of bytes
     TOKENS_TOGETHER = 2,         // that share the reading of weights
-    BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE),
+    BLOCKS_PER_BYTE_SUM = 128/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE), // of values and their complements, -16..15
     BLOCKS_AT_A_TIME = 64,
 };
 
-// The salient weights of some blocks, and in which rows there is one.
+// The salient weights of some blocks, in which rows there is one, and how many of them subtract.
 typedef struct {
     int64_t         first, n;
     const uint8_t * salients;
     __mmask64       present[BLOCKS_AT_A_TIME][SPIKE_SALIENT_SLOTS][2];
+    __m512i         n_negative[4]; // 16 bits for each row
 } salient_blocks;
 
 SPIKE_INLINE __m512i weights_of(const salient_blocks * of, int64_t block, int slot, int half) {
@@ -85,22 +86,31 @@ SPIKE_INLINE __m512i weights_of(const salient_blocks * of, int64_t block, int sl
 }
 
 static void find_present(salient_blocks * of, int halves) {
+    of->n_negative[0] = of->n_negative[1] = of->n_negative[2] = of->n_negative[3] = _mm512_setzero_si512();
     for (int64_t b = 0; b < of->n; b++) {
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
             for (int half = 0; half < halves; half++) {
                 // bits 7-6 are 01 to add and 10 to subtract
-                of->present[b][slot][half] = _mm512_movepi8_mask(_mm512_add_epi8(weights_of(of, b, slot, half), _mm512_set1_epi8(0x40)));
+                const __m512i   weights  = weights_of(of, b, slot, half);
+                const __mmask64 present  = _mm512_movepi8_mask(_mm512_add_epi8(weights, _mm512_set1_epi8(0x40)));
+                const __mmask64 negative = present & _mm512_movepi8_mask(weights);
+                of->present[b][slot][half] = present;
+                __m512i * count = of->n_negative + 2*half;
+                count[0] = _mm512_sub_epi16(count[0], _mm512_movm_epi16((__mmask32) negative));
+                count[1] = _mm512_sub_epi16(count[1], _mm512_movm_epi16((__mmask32) (negative >> 32)));
             }
         }
     }
 }
 
-// The values that a block's salient weights point at to the sums of each token; bit 6 of a weight tells the sign.
-SPIKE_INLINE void look_up(const salient_blocks * of, int64_t block, int halves, int n_tokens, const int8_t * const values[], __m512i sums[][2]) {
+// The values that a block's salient weights point at to the sums of each token; bit 6 of a weight tells the sign. With
+// complements, what is subtracted enters as its complement, one too little, so that bytes hold the sums of more blocks.
+SPIKE_INLINE void look_up(const salient_blocks * of, int64_t block, int halves, bool complements, int n_tokens, const int8_t * const values[],
+                          __m512i sums[][2]) {
     __m512i plus[TOKENS_TOGETHER], minus[TOKENS_TOGETHER];
     for (int t = 0; t < n_tokens; t++) {
         plus[t]  = _mm512_loadu_si512(values[t] + block*QK_SPK);
-        minus[t] = _mm512_sub_epi8(_mm512_setzero_si512(), plus[t]);
+        minus[t] = complements ? _mm512_xor_si512(plus[t], _mm512_set1_epi8(-1)) : _mm512_sub_epi8(_mm512_setzero_si512(), plus[t]);
     }
     for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
         for (int half = 0; half < halves; half++) {
@@ -140,7 +150,7 @@ SPIKE_INLINE void add_group_of_blocks(const salient_blocks * of, int64_t block, 
         for (int t = 0; t < n_tokens; t++) {
             _mm_prefetch((const char *) (after[t] + (block + b)*QK_SPK), _MM_HINT_T0);
         }
-        look_up(of, block + b, halves, n_tokens, values, bytes);
+        look_up(of, block + b, halves, true, n_tokens, values, bytes);
     }
     for (int t = 0; t < n_tokens; t++) {
         widen_bytes(bytes[t], halves, sums[t]);
@@ -153,7 +163,9 @@ SPIKE_INLINE void add_fine(const salient_blocks * of, int halves, int n_tokens, 
     for (int t = 0; t < n_tokens; t++) {
         values[t] = tokens[t].fine + of->first*QK_SPK;
         after[t]  = next[t].fine + of->first*QK_SPK;
-        sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = _mm512_setzero_si512();
+        for (int i = 0; i < 4; i++) {
+            sums[t][i] = of->n_negative[i];
+        }
     }
     int64_t b = 0;
     for (; b + BLOCKS_PER_BYTE_SUM <= of->n; b += BLOCKS_PER_BYTE_SUM) {
@@ -172,11 +184,9 @@ SPIKE_INLINE void add_coarse(const salient_blocks * of, int halves, const spike_
     const int8_t * values[1] = { token->coarse + of->first*QK_SPK };
     uint64_t left = token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
     __m512i sums[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
-    while (left) {
+    for (; left; left &= left - 1) {
         __m512i bytes[1][2] = { { _mm512_setzero_si512(), _mm512_setzero_si512() } };
-        for (int n = 0; left && n < BLOCKS_PER_BYTE_SUM; n++, left &= left - 1) {
-            look_up(of, __builtin_ctzll(left), halves, 1, values, bytes);
-        }
+        look_up(of, __builtin_ctzll(left), halves, false, 1, values, bytes);
         widen_bytes(bytes[0], halves, sums);
     }
     to_potential(sums, halves, 4 + token->shift, token->potential);

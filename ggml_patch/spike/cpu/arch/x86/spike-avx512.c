@@ -70,29 +70,27 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
     ahead->position = own.position;
 }
 
+// 64 rows at a time, whose sums stay in registers.
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
-    enum { BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE) };
-    memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
-    for (int64_t b0 = 0; b0 < n_blocks; b0 += BLOCKS_PER_BYTE_SUM) {
-        const int64_t b1 = b0 + BLOCKS_PER_BYTE_SUM < n_blocks ? b0 + BLOCKS_PER_BYTE_SUM : n_blocks;
-        __m512i bytes[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-        for (int64_t b = b0; b < b1; b++) {
+    _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
+    for (int row = 0; row < SPIKE_TILE_ROWS; row += 64) {
+        __m512i first = _mm512_setzero_si512(), second = _mm512_setzero_si512();
+        const uint8_t * next = salients + row;
+        for (int64_t b = 0; b < n_blocks; b++) {
             const __m512i plus  = _mm512_loadu_si512(values + b*QK_SPK);
             const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
+            __m512i bytes = _mm512_setzero_si512();
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-                for (int v = 0; v < 2; v++) {
-                    // bits 7-6 become 10 to add, 11 to subtract, and 01 or 00 for no weight or an invalid one
-                    const __m512i salient = _mm512_add_epi8(_mm512_loadu_si512(salients + 64*v), _mm512_set1_epi8(0x40));
-                    bytes[v] = _mm512_add_epi8(bytes[v], _mm512_maskz_permutex2var_epi8(_mm512_movepi8_mask(salient), plus, salient, minus));
-                }
-                salients += SPIKE_TILE_ROWS;
+                // bits 7-6 become 10 to add, 11 to subtract, and 01 or 00 for no weight or an invalid one
+                const __m512i salient = _mm512_add_epi8(_mm512_loadu_si512(next), _mm512_set1_epi8(0x40));
+                bytes = _mm512_add_epi8(bytes, _mm512_maskz_permutex2var_epi8(_mm512_movepi8_mask(salient), plus, salient, minus));
+                next += SPIKE_TILE_ROWS;
             }
+            first  = _mm512_add_epi16(first,  _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes)));
+            second = _mm512_add_epi16(second, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1)));
         }
-        for (int v = 0; v < 2; v++) {
-            int16_t * s = sum + 64*v;
-            _mm512_storeu_si512(s,      _mm512_add_epi16(_mm512_loadu_si512(s),      _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes[v]))));
-            _mm512_storeu_si512(s + 32, _mm512_add_epi16(_mm512_loadu_si512(s + 32), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes[v], 1))));
-        }
+        _mm512_storeu_si512(sum + row,      first);
+        _mm512_storeu_si512(sum + row + 32, second);
     }
 }
 
