@@ -8,6 +8,10 @@
 
 enum { SALIENT_NONE = 0, SALIENT_INVALID = 3 };
 
+// objects of different addresses
+const char spike_found_sound  = 1;
+const char spike_found_faulty = 2;
+
 const char * spike_check_weights(const block_spk4 * x) {
     if ((x->header & 0x7C00) == 0x7C00) {
         return "threshold is not finite";

@@ -121,14 +121,21 @@ GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata,
 
 // ---- validation (spike-validate.c): every bit pattern is valid or rejected
 
-// Whether spike_check_weights finds nothing, without a branch.
-static inline bool spike_is_sound(const block_spk4 * x) {
-    const unsigned first = x->salient[0] >> 6, second = x->salient[1] >> 6; // extensions: 0 none, 3 invalid
-    const bool threshold = ((x->header & 0x7C00) != 0x7C00) & ((x->header & SPK4_THRESHOLD) != 0);
+// Whether spike_check_weights finds nothing, without a branch: in a header, in the salient weights of a block, in all of it.
+static inline bool spike_header_is_sound(uint16_t header) {
+    return ((header & 0x7C00) != 0x7C00) & ((header & SPK4_THRESHOLD) != 0);
+}
+
+static inline bool spike_salients_are_sound(uint8_t one, uint8_t other) {
+    const uint8_t first = one >> 6, second = other >> 6; // extensions: 0 none, 3 invalid
     const bool valid     = (first != 3) & (second != 3);
-    const bool unused    = ((first != 0) | (x->salient[0] == 0)) & ((second != 0) | (x->salient[1] == 0));
-    const bool ascending = (second == 0) | ((first != 0) & ((x->salient[0] & 63) < (x->salient[1] & 63)));
-    return threshold & valid & unused & ascending;
+    const bool unused    = ((first != 0) | (one == 0)) & ((second != 0) | (other == 0));
+    const bool ascending = (second == 0) | ((first != 0) & ((one & 63) < (other & 63)));
+    return valid & unused & ascending;
+}
+
+static inline bool spike_is_sound(const block_spk4 * x) {
+    return spike_header_is_sound(x->header) & spike_salients_are_sound(x->salient[0], x->salient[1]);
 }
 
 // The same for a block of a row, given the first header of the row and SPK4_NOT_ROTATED of the tensor's first block.
@@ -146,6 +153,11 @@ GGML_API bool spike_validate_activations(const void * data, size_t n_blocks);
 
 // A whole tensor: blocks, uniform headers in each row, one rotation flag. Reports the first fault by row and block.
 GGML_API bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows);
+
+// A buffer that looks at all weights while it repacks them leaves the address of one of these in tensor->extra, so that
+// nobody needs to look again. What is faulty was reported.
+GGML_API const char spike_found_sound;
+GGML_API const char spike_found_faulty;
 
 #ifdef __cplusplus
 }
