@@ -13,8 +13,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -75,15 +75,14 @@ private:
     int64_t                 missing;
 };
 
-// Makes the system give memory to a part of new data, which will be overwritten. Threads that wrote to the same large page
-// for the first time would each wait for one, and all but one of them would go back. Linux clears a large page towards the
-// address that was touched; touched at its end it is cleared from the front, which is faster.
-void touch_pages(char * data, size_t size, int64_t part, int64_t n_parts) {
-    const uintptr_t begin = (uintptr_t) data, end = begin + size;
-    const int64_t   n_pages = (int64_t) ((round_up(end, LARGE_PAGE) - begin/LARGE_PAGE*LARGE_PAGE)/LARGE_PAGE);
-    for (int64_t page = part*n_pages/n_parts; page < (part + 1)*n_pages/n_parts; page++) {
-        const uintptr_t behind = (begin/LARGE_PAGE + (uintptr_t) page + 1)*LARGE_PAGE;
-        *(volatile char *) (std::min(behind, end) - 1) = 0;
+// Makes the system give memory to new data, which will be overwritten, together with the other threads that count pages with
+// next_page. Threads that wrote to the same large page for the first time would each wait for one, and all but one of them
+// would go back. Linux clears a large page towards the address that was touched; touched at its end it is cleared from the
+// front, which is faster where a host gives the memory bit by bit.
+void touch_pages(char * data, size_t size, std::atomic<uintptr_t> & next_page) {
+    const uintptr_t end = (uintptr_t) data + size;
+    for (uintptr_t page; (page = (uintptr_t) data/LARGE_PAGE + next_page++) <= (end - 1)/LARGE_PAGE;) {
+        *(volatile char *) (std::min((page + 1)*LARGE_PAGE, end) - 1) = 0;
     }
 }
 
@@ -96,11 +95,10 @@ bool pack(ggml_tensor * tensor, const void * data) {
     const int64_t n_cores = std::max(1u, std::thread::hardware_concurrency());
     const int64_t n_parts = std::max<int64_t>(1, std::min({ n_cores, n_units, (int64_t) ggml_nbytes(tensor)/BYTES_PER_THREAD + 1 }));
     std::atomic<bool> sound { true };
+    std::atomic<uintptr_t> next_page { 0 };
     barrier touched(n_parts);
     const auto pack_parts = [&](int64_t first_part, int64_t end_part) {
-        for (int64_t part = first_part; part < end_part; part++) {
-            touch_pages((char *) tensor->data, packed_size(tensor), part, n_parts);
-        }
+        touch_pages((char *) tensor->data, packed_size(tensor), next_page);
         touched.wait_after(end_part - first_part);
         const int64_t end = end_part*n_units/n_parts;
         for (int64_t unit = first_part*n_units/n_parts, next; unit < end; unit = next) {
@@ -121,7 +119,7 @@ bool pack(ggml_tensor * tensor, const void * data) {
         for (; n_started < n_parts - 1; n_started++) {
             helpers.emplace_back(pack_parts, n_started, n_started + 1);
         }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {
         // no more threads to be had
     }
     pack_parts(n_started, n_parts);
