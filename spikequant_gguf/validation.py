@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .format import MAX_SHIFT, SPK4_NOT_ROTATED, SPK4_THRESHOLD, SPKA_NOT_ROTATED
+from .format import BLOCK_SPK4, MAX_SHIFT, SPK4_NOT_ROTATED, SPK4_THRESHOLD, SPKA_NOT_ROTATED
 
-__all__ = ["RowFault", "first_weight_fault", "validate_activations", "validate_weights"]
+__all__ = ["RowFault", "first_weight_fault", "salient_pairs", "validate_activations", "validate_weights"]
 
 RowFault = tuple[int, int, str]
 """Row, block and broken rule."""
@@ -62,6 +62,13 @@ _HEADER_DIFFERS = 7
 _ROTATION_DIFFERS = 8
 
 
+def salient_pairs(blocks: NDArray[np.void]) -> NDArray[np.uint16]:
+    """The two salient bytes of each block of BLOCK_SPK4[..., n_blocks] as one little-endian number."""
+    words = np.ascontiguousarray(blocks).view("<u2")  # NumPy would copy the pairs as bytes, one by one
+    offset, width = BLOCK_SPK4.fields["salient"][1] // 2, BLOCK_SPK4.itemsize // 2
+    return np.ascontiguousarray(words[..., offset::width])
+
+
 def first_weight_fault(blocks: NDArray[np.void], rotation: int | None = None) -> RowFault | None:
     """The first fault in BLOCK_SPK4[rows, n_blocks], or None.
 
@@ -71,15 +78,18 @@ def first_weight_fault(blocks: NDArray[np.void], rotation: int | None = None) ->
     """
     if blocks.size == 0:
         return None
-    header = blocks["header"]
-    salient = np.ascontiguousarray(blocks["salient"]).view("<u2")[..., 0]
-    fault = np.where(_HEADER_FAULT[header] != 0, _HEADER_FAULT[header], _SALIENT_FAULT[salient])
-    differs = header != header[:, :1]
+    header, salient = np.ascontiguousarray(blocks["header"]), salient_pairs(blocks)
     if rotation is None:
         rotation = int(header[0, 0]) & SPK4_NOT_ROTATED
-    turned = header & SPK4_NOT_ROTATED != rotation
-    if not (fault.any() or differs.any() or turned.any()):
+    first = header[:, 0]
+    differs = header != header[:, :1]
+    unsound = _SALIENT_FAULT.take(salient)
+    # where no header differs from its row's first one, that one stands for all
+    turned_rows = first & SPK4_NOT_ROTATED != rotation
+    if not (differs.any() or unsound.any() or turned_rows.any() or _HEADER_FAULT[first].any()):
         return None
+    fault = np.where(_HEADER_FAULT[header] != 0, _HEADER_FAULT[header], unsound)
+    turned = header & SPK4_NOT_ROTATED != rotation
     fault = np.where(fault != 0, fault, np.where(differs, _HEADER_DIFFERS, _ROTATION_DIFFERS * turned))
     row, block = np.unravel_index(int(np.argmax(fault != 0)), fault.shape)
     return int(row), int(block), _WEIGHT_FAULTS[fault[row, block]]

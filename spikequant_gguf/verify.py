@@ -39,7 +39,7 @@ from .format import (
     check_inputs,
 )
 from .gguf_header import GGUFHeader, TensorInfo, read_header
-from .validation import first_weight_fault
+from .validation import first_weight_fault, salient_pairs
 
 __all__ = ["Fault", "TensorReport", "VerifyReport", "verify_file"]
 
@@ -229,7 +229,7 @@ def _check_spikes(tensor: TensorInfo, data: _Data) -> TensorReport | Fault:
         if fault is not None:
             row, block, reason = fault
             return Fault(reason, tensor.name, first + row, block)
-        salient_weights += int(np.count_nonzero(blocks["salient"] >= 64))
+        salient_weights += int(np.count_nonzero(salient_pairs(blocks).view(np.uint8) >= 64))
     return TensorReport(
         tensor.name, tensor.n_rows, tensor.shape[0], tensor.n_rows * row_bytes, rotation == 0, salient_weights
     )

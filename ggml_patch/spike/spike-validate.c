@@ -8,6 +8,10 @@
 
 enum { SALIENT_NONE = 0, SALIENT_INVALID = 3 };
 
+// objects of different addresses
+const char spike_found_sound  = 1;
+const char spike_found_faulty = 2;
+
 const char * spike_check_weights(const block_spk4 * x, bool first_of_row) {
     const uint16_t header = spike_header_of(x);
     if (first_of_row && (header & 0x7C00) == 0x7C00) {

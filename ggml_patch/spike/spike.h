@@ -123,11 +123,21 @@ GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata,
 
 // ---- validation (spike-validate.c): every bit pattern is valid or rejected
 
-// Whether the salient slots of a block follow the rules, all four at once.
-static inline bool spike_has_sound_slots(const block_spk4 * x, bool first_of_row) {
+// Whether spike_check_weights finds nothing, without a branch on the data: in a header, in the salient slots of a block, in all
+// of it.
+static inline bool spike_header_is_sound(uint16_t header) {
+    return ((header & 0x7C00) != 0x7C00) & ((header & SPK4_THRESHOLD) != 0);
+}
+
+// The salient slots of a block as one number, those of the header as unused.
+static inline uint32_t spike_slots_of(const block_spk4 * x, bool first_of_row) {
     uint32_t slots;
     memcpy(&slots, x->salient, sizeof(slots));
-    slots >>= first_of_row ? 8*SPIKE_HEADER_SLOTS : 0; // unused ones come in
+    return slots & (first_of_row ? UINT32_MAX << 8*SPIKE_HEADER_SLOTS : UINT32_MAX);
+}
+
+static inline bool spike_slots_are_sound(uint32_t slots, bool first_of_row) {
+    slots >>= first_of_row ? 8*SPIKE_HEADER_SLOTS : 0;
     const uint32_t high = 0x80808080, places = slots & 0x3F3F3F3F;
     const uint32_t used      = (slots | slots << 1) & high; // an extension
     const uint32_t invalid   = (slots & slots << 1) & high;
@@ -137,11 +147,8 @@ static inline bool spike_has_sound_slots(const block_spk4 * x, bool first_of_row
     return (invalid | (not_zero & ~used) | (next_used & ~used) | (next_used & ~ascending)) == 0;
 }
 
-// Whether spike_check_weights finds nothing, without a branch on the data.
 static inline bool spike_is_sound(const block_spk4 * x, bool first_of_row) {
-    const uint16_t header = spike_header_of(x);
-    const bool threshold = ((header & 0x7C00) != 0x7C00) & ((header & SPK4_THRESHOLD) != 0);
-    return (threshold | !first_of_row) & spike_has_sound_slots(x, first_of_row);
+    return (spike_header_is_sound(spike_header_of(x)) | !first_of_row) & spike_slots_are_sound(spike_slots_of(x, first_of_row), first_of_row);
 }
 
 // NULL if a block alone is valid, as the first of a row or as another one; else what is wrong with it.
@@ -154,6 +161,11 @@ GGML_API bool spike_validate_activations(const void * data, size_t n_blocks);
 
 // A whole tensor: headers, blocks, one rotation flag. Reports the first fault by row and block.
 GGML_API bool spike_validate_tensor(const char * name, const void * data, int64_t n_per_row, int64_t n_rows);
+
+// A buffer that looks at all weights while it repacks them leaves the address of one of these in tensor->extra, so that
+// nobody needs to look again. What is faulty was reported.
+GGML_API const char spike_found_sound;
+GGML_API const char spike_found_faulty;
 
 #ifdef __cplusplus
 }

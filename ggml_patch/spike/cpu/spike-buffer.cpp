@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstring>
-#include <system_error>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -23,9 +25,8 @@
 namespace spike {
 namespace {
 
-// tensor->extra says in which form the data is
-char form_tiles;
-char form_stored;
+// tensor->extra says in which form the data is: tiles if it was found sound; as stored if faulty or not looked at
+char not_checked;
 
 bool is_ours(const ggml_tensor * tensor) {
     return tensor->buffer && tensor->buffer->buft == ggml_backend_cpu_spike_buffer_type();
@@ -48,17 +49,61 @@ uint16_t rotation_of(const void * blocks) {
     return spike_header_of((const block_spk4 *) blocks) & SPK4_NOT_ROTATED;
 }
 
+constexpr uintptr_t LARGE_PAGE = 2 << 20;
+
+uintptr_t round_up(uintptr_t x, uintptr_t unit) {
+    return (x + unit - 1)/unit*unit;
+}
+
+// Lets several threads wait until all parts of a work are done, whoever did them.
+class barrier {
+public:
+    explicit barrier(int64_t n_parts) : missing(n_parts) {}
+
+    void wait_after(int64_t n_done) {
+        std::unique_lock<std::mutex> lock(mutex);
+        missing -= n_done;
+        if (missing == 0) {
+            complete.notify_all();
+        }
+        complete.wait(lock, [this] { return missing == 0; });
+    }
+
+private:
+    std::mutex              mutex;
+    std::condition_variable complete;
+    int64_t                 missing;
+};
+
+// Makes the system give memory to new data, which will be overwritten, together with the other threads that count pages with
+// next_page. Threads that wrote to the same large page for the first time would each wait for one, and all but one of them
+// would go back. Linux clears a large page towards the address that was touched; touched at its end it is cleared from the
+// front, which is faster where a host gives the memory bit by bit.
+void touch_pages(char * data, size_t size, std::atomic<uintptr_t> & next_page) {
+    const uintptr_t end = (uintptr_t) data + size;
+    for (uintptr_t page; (page = (uintptr_t) data/LARGE_PAGE + next_page++) <= (end - 1)/LARGE_PAGE;) {
+        *(volatile char *) (std::min((page + 1)*LARGE_PAGE, end) - 1) = 0;
+    }
+}
+
 // Tiles of all matrices of a tensor, shared out over the CPU's cores if there are enough to pay for threads. Returns whether
 // the data is sound.
 bool pack(ggml_tensor * tensor, const void * data) {
     constexpr int64_t BYTES_PER_THREAD = 1 << 20;
     const spike_layout layout = spike_layout_of(tensor->ne[0], tensor->ne[1]);
     const int64_t n_units = layout.n_tiles*tensor->ne[2]*tensor->ne[3];
+    const int64_t n_cores = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t n_parts = std::max<int64_t>(1, std::min({ n_cores, n_units, (int64_t) ggml_nbytes(tensor)/BYTES_PER_THREAD + 1 }));
     std::atomic<bool> sound { true };
-    const auto pack_units = [&](int64_t first, int64_t end) {
-        for (int64_t unit = first, next; unit < end; unit = next) {
-            const int64_t m     = unit/layout.n_tiles;
-            const int64_t tile0 = unit - m*layout.n_tiles;
+    std::atomic<uintptr_t> next_page { 0 };
+    barrier touched(n_parts);
+    const auto pack_parts = [&](int64_t first_part, int64_t end_part) {
+        touch_pages((char *) tensor->data, packed_size(tensor), next_page);
+        touched.wait_after(end_part - first_part);
+        const int64_t end = end_part*n_units/n_parts;
+        for (int64_t unit = first_part*n_units/n_parts, next; unit < end; unit = next) {
+            const int64_t m      = unit/layout.n_tiles;
+            const int64_t tile0  = unit - m*layout.n_tiles;
             const char *  blocks = (const char *) data + (size_t) m*stored_matrix_size(tensor);
             next = std::min(end, (m + 1)*layout.n_tiles);
             if (!spike_pack_tiles(&layout, (const block_spk4 *) blocks, (uint8_t *) tensor->data + (size_t) m*layout.size, tile0, tile0 + next - unit)
@@ -67,18 +112,17 @@ bool pack(ggml_tensor * tensor, const void * data) {
             }
         }
     };
-    const int64_t n_cores   = std::max(1u, std::thread::hardware_concurrency());
-    const int64_t n_threads = std::min({ n_cores, n_units, (int64_t) ggml_nbytes(tensor)/BYTES_PER_THREAD + 1 });
     std::vector<std::thread> helpers;
-    int64_t started = 1;
+    helpers.reserve((size_t) n_parts);
+    int64_t n_started = 0;
     try {
-        for (; started < n_threads; started++) {
-            helpers.emplace_back(pack_units, started*n_units/n_threads, (started + 1)*n_units/n_threads);
+        for (; n_started < n_parts - 1; n_started++) {
+            helpers.emplace_back(pack_parts, n_started, n_started + 1);
         }
-    } catch (const std::system_error &) {
-        pack_units(started*n_units/n_threads, n_units); // no more threads to be had
+    } catch (const std::exception &) {
+        // no more threads to be had
     }
-    pack_units(0, n_units/n_threads);
+    pack_parts(n_started, n_parts);
     for (std::thread & helper : helpers) {
         helper.join();
     }
@@ -87,14 +131,15 @@ bool pack(ggml_tensor * tensor, const void * data) {
 
 void store(ggml_tensor * tensor, const void * data) {
     if (can_repack(tensor) && pack(tensor, data)) {
-        tensor->extra = &form_tiles;
-    } else {
-        if (can_repack(tensor)) {
-            spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor)); // says what is wrong
-        }
-        memcpy(tensor->data, data, ggml_nbytes(tensor));
-        tensor->extra = &form_stored;
+        tensor->extra = (void *) &spike_found_sound;
+        return;
     }
+    tensor->extra = &not_checked;
+    if (can_repack(tensor)) {
+        spike_validate_tensor(tensor->name, data, tensor->ne[0], ggml_nrows(tensor)); // says what is wrong
+        tensor->extra = (void *) &spike_found_faulty;
+    }
+    memcpy(tensor->data, data, ggml_nbytes(tensor));
 }
 
 void load(const ggml_tensor * tensor, void * data) {
@@ -110,7 +155,7 @@ void load(const ggml_tensor * tensor, void * data) {
 }
 
 ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * tensor) {
-    tensor->extra = &form_stored;
+    tensor->extra = &not_checked;
     return GGML_STATUS_SUCCESS;
 }
 
@@ -148,12 +193,6 @@ const char * buffer_type_name(ggml_backend_buffer_type_t) {
 
 // Lines are read here and there, so that small pages would cost a table walk every few of them. A buffer that is worth it
 // starts at the border of a large page and is followed by room for the whole of its last one.
-constexpr uintptr_t LARGE_PAGE = 2 << 20;
-
-uintptr_t round_up(uintptr_t x, uintptr_t unit) {
-    return (x + unit - 1)/unit*unit;
-}
-
 void * large_page_base(ggml_backend_buffer_t buffer) {
     return (void *) round_up((uintptr_t) buffer->context, LARGE_PAGE);
 }
@@ -228,8 +267,8 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
 
 weight_form form_of(const ggml_tensor * weights) {
     // a view into tiles would not start at a row; supports_op refuses it
-    GGML_ASSERT(!is_ours(weights) || !weights->view_src || weights->view_src->extra != &form_tiles);
-    return is_ours(weights) && weights->extra == &form_tiles ? weight_form::tiles : weight_form::stored;
+    GGML_ASSERT(!is_ours(weights) || !weights->view_src || weights->view_src->extra != &spike_found_sound);
+    return is_ours(weights) && weights->extra == &spike_found_sound ? weight_form::tiles : weight_form::stored;
 }
 
 } // namespace spike

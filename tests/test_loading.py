@@ -1,0 +1,173 @@
+"""Weights on their way into memory: checked while they are packed, faults named, nothing kept twice."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spikequant_gguf import evaluation
+from spikequant_gguf.errors import InputError
+from spikequant_gguf.evaluation import Model
+from spikequant_gguf.format import BLOCK_SPK4, TYPE_SPK4, blocks_from_bytes, blocks_to_bytes
+from spikequant_gguf.ggml_api import MatMul
+from spikequant_gguf.gguf_header import TensorInfo, read_header
+from spikequant_gguf.llama_log import collect_errors
+from spikequant_gguf.native import load
+from spikequant_gguf.runtime import RuntimeInfo
+from spikequant_gguf.validation import first_weight_fault, salient_pairs
+
+
+def draw_blocks(rows: int, n_in: int) -> np.ndarray:
+    values = np.random.default_rng(rows).standard_normal((rows, n_in), np.float32)
+    return blocks_from_bytes(load().quantize(TYPE_SPK4, values)).copy()
+
+
+def other_threshold(block: np.void) -> None:
+    block["header"] ^= 0x0010
+
+
+def other_rotation(block: np.void) -> None:
+    block["header"] ^= 0x8000
+
+
+def no_extension(block: np.void) -> None:
+    block["salient"] = (0xC0, 0)
+
+
+def same_place_twice(block: np.void) -> None:
+    block["salient"] = (0x41, 0x81)
+
+
+FAULTS = {
+    other_threshold: "header differs from the first block of its row",
+    other_rotation: "header differs from the first block of its row",
+    no_extension: "salient weight has no valid extension",
+    same_place_twice: "salient positions are not ascending",
+}
+
+
+@pytest.fixture
+def log(runtime: RuntimeInfo) -> None:
+    evaluation._llama()  # sends llama.cpp's log to Python
+
+
+@pytest.mark.parametrize("rows", [128 + 70, 128 + 40])  # the last tile is a whole one, and half of one
+@pytest.mark.parametrize("damage", FAULTS)
+def test_packing_finds_a_fault_wherever_it_is(
+    log: None, rows: int, damage: Callable[[np.void], None]
+) -> None:
+    sound = draw_blocks(rows, 192)
+    for row in (0, 15, 64, 127, 128, 128 + 33, rows - 1):
+        for block in (1, 2):
+            blocks = sound.copy()
+            damage(blocks[row, block])
+            assert first_weight_fault(blocks) == (row, block, FAULTS[damage])
+            with (
+                collect_errors() as errors,
+                MatMul(TYPE_SPK4, blocks_to_bytes(blocks), 192, 1, buffer="CPU_SPIKE") as m,
+            ):
+                assert np.array_equal(m.weight_bytes(), blocks_to_bytes(blocks))
+            assert len(errors) == 1 and errors[0].endswith(f"row {row}, block {block}: {FAULTS[damage]}"), (
+                errors
+            )
+
+
+def test_packing_finds_a_row_of_another_rotation(log: None) -> None:
+    blocks = draw_blocks(300, 128)
+    blocks["header"][200] ^= 0x8000
+    with collect_errors() as errors, MatMul(TYPE_SPK4, blocks_to_bytes(blocks), 128, 1, buffer="CPU_SPIKE"):
+        pass
+    assert len(errors) == 1 and errors[0].endswith("row 200, block 0: rotation differs from the first row")
+
+
+@pytest.mark.parametrize("rows, n_in", [(5000, 1024), (2048 + 65, 2048), (30, 33792)])
+def test_weights_that_several_threads_pack(log: None, rows: int, n_in: int) -> None:
+    blocks = draw_blocks(rows, n_in)
+    x = np.random.default_rng(1).standard_normal((3, n_in), np.float32)
+    with (
+        collect_errors() as errors,
+        MatMul(TYPE_SPK4, blocks_to_bytes(blocks), n_in, 3, buffer="CPU_SPIKE") as product,
+    ):
+        assert np.array_equal(product.weight_bytes(), blocks_to_bytes(blocks))
+        product.set_input(x)
+        product.compute()
+        assert np.array_equal(product.output(), load().vec_dot(blocks, load().encode_activations(x)))
+    assert errors == []
+
+
+def test_salient_pairs_of_any_view() -> None:
+    blocks = draw_blocks(6, 512)
+    assert blocks.dtype == BLOCK_SPK4 and blocks["salient"].any()
+    for view in (blocks, blocks[::2], blocks[:, 1::3], blocks[3], blocks.T):
+        expected = view["salient"][..., 0] + 256 * view["salient"][..., 1].astype(np.uint16)
+        assert np.array_equal(salient_pairs(view), expected)
+
+
+# ---- a whole model
+
+
+def last_spikes(path: Path) -> TensorInfo:
+    return max((t for t in read_header(path).tensors if t.type_id == TYPE_SPK4), key=lambda t: t.offset)
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("damage", FAULTS)
+def test_the_loader_names_the_fault(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[np.void], None],
+    use_mmap: bool,
+) -> None:
+    original = evaluation._model_params
+
+    def params(api: object) -> object:
+        made = original(api)
+        made.use_mmap = use_mmap
+        return made
+
+    monkeypatch.setattr(evaluation, "_model_params", params)
+    monkeypatch.setattr(evaluation, "check_model_file", lambda path: None)  # which would find it first
+    data = bytearray(tiny_models["spk4"].read_bytes())
+    tensor = last_spikes(tiny_models["spk4"])
+    n_blocks = tensor.shape[0] // 64
+    blocks = np.frombuffer(data, BLOCK_SPK4, tensor.n_rows * n_blocks, tensor.offset).reshape(-1, n_blocks)
+    damage(blocks[77, 1])
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data)
+    place = f"tensor '{tensor.name}', row 77, block 1: {FAULTS[damage]}"
+    with pytest.raises(InputError, match=re.escape(place)) as caught:
+        Model(damaged)
+    assert caught.value.message.count(place) == 1
+    assert f"tensor '{tensor.name}' holds damaged spike data" in caught.value.message
+
+
+def mapped_bytes(path: Path) -> int:
+    """Bytes of a file that are in this process's memory because it is mapped."""
+    resident, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            resident += 1024 * int(line.split()[1])
+    return resident
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_repacked_weights_are_in_memory_once(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    of_kind = {}
+    for kind in ("q4_0", "spk4"):
+        path = tmp_path / f"{kind}.gguf"
+        path.write_bytes(tiny_models[kind].read_bytes())
+        with Model(path) as model:
+            of_kind[kind] = mapped_bytes(path)
+            assert np.isfinite(model.decode([1, 5, 9], 0, outputs=1)).all()
+    header = read_header(tmp_path / "spk4.gguf")
+    spikes = [t.n_bytes for t in header.tensors if t.type_id == TYPE_SPK4]
+    assert of_kind["q4_0"] > 0.9 * header.file_bytes, "what would have been kept"
+    assert of_kind["spk4"] < header.file_bytes - sum(spikes) + 2 * 4096 * (len(spikes) + 1)
