@@ -103,7 +103,7 @@ def _quantize_tensor(
         seen = np.ascontiguousarray(routed[experts == expert])
         own = _mixed_moments(seen, everything, library, threads)
         blocks.append(quantize(source.read_rows(name, expert * rows, rows), own))
-    return np.concatenate(blocks).astype(BLOCK_SPK4, copy=False)
+    return np.concatenate(blocks, dtype=BLOCK_SPK4)
 
 
 def _mixed_moments(

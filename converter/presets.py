@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spikequant_gguf.format import DEFAULT_SILENCE
+from spikequant_gguf.format import DEFAULT_SILENCE, SALIENT_SLOTS
 from spikequant_gguf.native import NativeLibrary
 
 from .inputs import SiteSurvey
@@ -23,13 +23,13 @@ class Preset:
 
     Attributes:
         salient_share: of activations, on average over all inputs of linear layers.
-        salient_weights: per block of 64, 0 to 2.
+        salient_weights: per block of 64, 0 to 4; the first block of a row takes 2 at most.
         silence: silence threshold in steps.
         chunks: of text to calibrate a small model on.
     """
 
     salient_share: float
-    salient_weights: int = 2
+    salient_weights: int = SALIENT_SLOTS
     silence: float = DEFAULT_SILENCE
     chunks: int = 128
 

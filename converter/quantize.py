@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikequant_gguf.errors import InputError
-from spikequant_gguf.format import TYPE_SPK4, blocks_from_bytes, blocks_to_bytes
+from spikequant_gguf.format import BLOCK_SPK4, TYPE_SPK4, blocks_from_bytes, blocks_to_bytes, salient_slots
 
 from .importance import Importance
 from .recipe import TensorStatistics
@@ -25,7 +25,6 @@ __all__ = ["Backend", "DirectQuantizer", "Workers", "check_finite", "measure", "
 _RESULT = TypeVar("_RESULT")
 # Weights that one thread takes at a time: small enough that its arrays stay in the cache of a core.
 _SLICE_WEIGHTS = 1 << 17
-_SALIENT = 64  # a salient slot in use has a bit above its position
 
 
 class Backend(Protocol):
@@ -101,7 +100,7 @@ class DirectQuantizer:
 
         results = list(self._workers.map_rows(piece, weights))
         statistics = sum((statistics for _, statistics in results), TensorStatistics())
-        return np.concatenate([blocks for blocks, _ in results]), statistics
+        return np.concatenate([blocks for blocks, _ in results], dtype=BLOCK_SPK4), statistics
 
 
 def measure(weights: NDArray[np.float32], blocks: NDArray[np.void], backend: Backend) -> TensorStatistics:
@@ -110,7 +109,7 @@ def measure(weights: NDArray[np.float32], blocks: NDArray[np.void], backend: Bac
     # Row by row in float64: the sum is then the same however rows are shared out.
     return TensorStatistics(
         weights=weights.size,
-        salient_weights=int(np.count_nonzero(blocks["salient"] >= _SALIENT)),
+        salient_weights=int(np.count_nonzero(salient_slots(blocks))),
         squared_error=float(np.square(stored - weights, dtype=np.float64).sum(axis=1).sum()),
         squared_norm=float(np.square(weights, dtype=np.float64).sum(axis=1).sum()),
     )

@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_SALIENCE",
     "DEFAULT_SILENCE",
     "DEFAULT_ZERO_POINT",
+    "FIRST_BLOCK_SLOTS",
     "FORMAT_VERSION",
     "FTYPE_SPK4",
     "MAX_INPUTS",
@@ -32,9 +33,12 @@ __all__ = [
     "blocks_to_bytes",
     "check_inputs",
     "register_with_gguf",
+    "salient_limits",
+    "salient_slots",
+    "salient_words",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TYPE_NAME = "spk4"
 
 QK_SPK = 64
@@ -47,8 +51,20 @@ TYPE_SPKA = 91
 FTYPE_SPK4 = 90
 """general.file_type of a model whose linear layers are mostly SPK4."""
 
-BLOCK_SPK4 = np.dtype([("header", "<u2"), ("salient", "u1", 2), ("codes", "u1", 32)])
-"""64 weights of one row, 36 bytes."""
+BLOCK_SPK4 = np.dtype(
+    {
+        "names": ["header", "salient", "codes"],
+        "formats": ["<u2", ("u1", 4), ("u1", 32)],
+        "offsets": [0, 0, 4],
+        "itemsize": 36,
+    }
+)
+"""64 weights of one row, 36 bytes.
+
+The header of a row takes the place of two salient slots of its first block: it is `blocks["header"][..., 0]`,
+and other blocks have none. `salient_slots(blocks)` has the slots without it. NumPy no longer overlaps the
+fields when it joins arrays, unless told so: `np.concatenate(parts, dtype=BLOCK_SPK4)`.
+"""
 
 BLOCK_SPKA = np.dtype(
     [
@@ -65,8 +81,10 @@ BLOCK_SPKA = np.dtype(
 )
 """64 activations of one token, 64 bytes."""
 
-SALIENT_SLOTS = 2
+SALIENT_SLOTS = 4
 """Salient weights per block, at most."""
+FIRST_BLOCK_SLOTS = 2
+"""Salient weights of the first block of a row, at most: the header is in place of the others."""
 SPK4_NOT_ROTATED = 0x8000
 SPK4_THRESHOLD = 0x7FF0
 SPK4_ZERO_POINT = 0x000F
@@ -149,7 +167,34 @@ def blocks_from_bytes(raw: NDArray[np.uint8] | bytes, dtype: np.dtype = BLOCK_SP
 
 def blocks_to_bytes(blocks: NDArray[np.void]) -> NDArray[np.uint8]:
     """The bytes of blocks[..., n_blocks] as uint8[..., row_bytes], which gguf.GGUFWriter.add_tensor takes."""
+    if blocks.dtype.names == BLOCK_SPK4.names:
+        blocks = blocks.astype(BLOCK_SPK4, copy=False)  # NumPy may have joined them to wider ones
     return np.ascontiguousarray(blocks).view(np.uint8)
+
+
+def salient_slots(blocks: NDArray[np.void]) -> NDArray[np.uint8]:
+    """The salient slots of whole rows: uint8[..., n_blocks, 4], a copy with zeros where the header is.
+
+    Args:
+        blocks: BLOCK_SPK4[..., n_blocks].
+    """
+    return salient_words(blocks)[..., None].view(np.uint8)
+
+
+def salient_words(blocks: NDArray[np.void]) -> NDArray[np.uint32]:
+    """salient_slots of each block as one number, the first slot lowest: uint32[..., n_blocks]."""
+    bytes_of = np.ascontiguousarray(blocks.astype(BLOCK_SPK4, copy=False))
+    width = BLOCK_SPK4.itemsize // 4  # NumPy would copy the slots as bytes, one by one
+    words = bytes_of.view("<u4").reshape(*blocks.shape, width)[..., 0].copy()
+    words[..., 0] &= np.uint32(0xFFFFFFFF << 8 * (SALIENT_SLOTS - FIRST_BLOCK_SLOTS) & 0xFFFFFFFF)
+    return words
+
+
+def salient_limits(n_blocks: int) -> NDArray[np.intp]:
+    """How many weights of each block of a row may be salient: intp[n_blocks]."""
+    limits = np.full(n_blocks, SALIENT_SLOTS)
+    limits[0] = FIRST_BLOCK_SLOTS
+    return limits
 
 
 def register_with_gguf() -> None:

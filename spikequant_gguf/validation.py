@@ -6,9 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .format import BLOCK_SPK4, MAX_SHIFT, SPK4_NOT_ROTATED, SPK4_THRESHOLD, SPKA_NOT_ROTATED
+from .format import (
+    FIRST_BLOCK_SLOTS,
+    MAX_SHIFT,
+    SALIENT_SLOTS,
+    SPK4_NOT_ROTATED,
+    SPK4_THRESHOLD,
+    SPKA_NOT_ROTATED,
+    salient_words,
+)
 
-__all__ = ["RowFault", "first_weight_fault", "salient_pairs", "validate_activations", "validate_weights"]
+__all__ = ["RowFault", "first_weight_fault", "validate_activations", "validate_weights"]
 
 RowFault = tuple[int, int, str]
 """Row, block and broken rule."""
@@ -25,7 +33,6 @@ _WEIGHT_FAULTS = (
     "unused salient slot is not zero",
     "unused salient slot before a used one",
     "salient positions are not ascending",
-    "header differs from the first block of its row",
     "rotation differs from the first row",
 )
 
@@ -44,7 +51,7 @@ def _header_faults() -> NDArray[np.uint8]:
 
 
 def _salient_faults() -> NDArray[np.uint8]:
-    both = np.arange(0x10000)  # the two bytes as one little-endian number
+    both = np.arange(0x10000)  # two slots, one after the other, as one little-endian number
     first, second = both & 0xFF, both >> 8
     return _first_rule(
         (first >> 6 == 3) | (second >> 6 == 3),
@@ -55,18 +62,12 @@ def _salient_faults() -> NDArray[np.uint8]:
     )
 
 
-# The rules of one block depend on the header alone or on the salient bytes alone: two tables hold them all.
+# Every rule is about the header or about two neighbouring slots: two tables hold them all.
 _HEADER_FAULT = _header_faults()
 _SALIENT_FAULT = _salient_faults()
-_HEADER_DIFFERS = 7
-_ROTATION_DIFFERS = 8
+_ROTATION_DIFFERS = 7
 
-
-def salient_pairs(blocks: NDArray[np.void]) -> NDArray[np.uint16]:
-    """The two salient bytes of each block of BLOCK_SPK4[..., n_blocks] as one little-endian number."""
-    words = np.ascontiguousarray(blocks).view("<u2")  # NumPy would copy the pairs as bytes, one by one
-    offset, width = BLOCK_SPK4.fields["salient"][1] // 2, BLOCK_SPK4.itemsize // 2
-    return np.ascontiguousarray(words[..., offset::width])
+_NEAR = 1 << 14  # blocks whose slots stay in a processor's cache
 
 
 def first_weight_fault(blocks: NDArray[np.void], rotation: int | None = None) -> RowFault | None:
@@ -78,21 +79,44 @@ def first_weight_fault(blocks: NDArray[np.void], rotation: int | None = None) ->
     """
     if blocks.size == 0:
         return None
-    header, salient = np.ascontiguousarray(blocks["header"]), salient_pairs(blocks)
+    header = blocks["header"][:, 0]
     if rotation is None:
-        rotation = int(header[0, 0]) & SPK4_NOT_ROTATED
-    first = header[:, 0]
-    differs = header != header[:, :1]
-    unsound = _SALIENT_FAULT.take(salient)
-    # where no header differs from its row's first one, that one stands for all
-    turned_rows = first & SPK4_NOT_ROTATED != rotation
-    if not (differs.any() or unsound.any() or turned_rows.any() or _HEADER_FAULT[first].any()):
-        return None
-    fault = np.where(_HEADER_FAULT[header] != 0, _HEADER_FAULT[header], unsound)
+        rotation = int(header[0]) & SPK4_NOT_ROTATED
+    of_header = _HEADER_FAULT[header]
     turned = header & SPK4_NOT_ROTATED != rotation
-    fault = np.where(fault != 0, fault, np.where(differs, _HEADER_DIFFERS, _ROTATION_DIFFERS * turned))
-    row, block = np.unravel_index(int(np.argmax(fault != 0)), fault.shape)
-    return int(row), int(block), _WEIGHT_FAULTS[fault[row, block]]
+    words = salient_words(blocks)
+    words[:, 0] >>= 8 * (SALIENT_SLOTS - FIRST_BLOCK_SLOTS)  # zeros in place of the header, behind the others
+    if not (_any_slot_unsound(words) or of_header.any() or turned.any()):
+        return None
+    of_slots = np.stack([_SALIENT_FAULT[words >> 8 * k & 0xFFFF] for k in range(SALIENT_SLOTS - 1)], axis=-1)
+    faults = np.zeros((*blocks.shape, of_slots.shape[-1] + 2), np.uint8)
+    faults[..., :-2] = of_slots
+    faults[:, 0, -2] = of_header
+    faults[:, 0, -1] = _ROTATION_DIFFERS * turned
+    least = np.where(faults == 0, len(_WEIGHT_FAULTS), faults).min(axis=-1)
+    row, block = np.unravel_index(int(np.argmax(least < len(_WEIGHT_FAULTS))), least.shape)
+    return int(row), int(block), _WEIGHT_FAULTS[least[row, block]]
+
+
+def _any_slot_unsound(words: NDArray[np.uint32]) -> bool:
+    """Whether a table entry of any block's slots is not 0."""
+    flat = words.reshape(-1)
+    return any(_some_unsound(flat[i : i + _NEAR]) for i in range(0, len(flat), _NEAR))
+
+
+def _some_unsound(words: NDArray[np.uint32]) -> bool:
+    """The same by operations on all slots of a block at once, as spike_slots_are_sound in spike.h."""
+    high, ones = np.uint32(0x80808080), np.uint32(0x01010101)
+    places = words & np.uint32(0x3F3F3F3F)
+    used = words << 1
+    invalid = words & used
+    used |= words
+    used &= high
+    not_zero = (places + np.uint32(0x3F3F3F3F)) << 1
+    not_zero &= ~used
+    next_used = used >> 8
+    ascending = (places >> 8 | high) - places - ones
+    return bool(((invalid | not_zero | next_used & ~(used & ascending)) & high).any())
 
 
 def validate_weights(blocks: NDArray[np.void], name: str = "weights") -> None:

@@ -37,9 +37,10 @@ from .format import (
     TYPE_SPK4,
     TYPE_SPKA,
     check_inputs,
+    salient_slots,
 )
 from .gguf_header import GGUFHeader, TensorInfo, read_header
-from .validation import first_weight_fault, salient_pairs
+from .validation import first_weight_fault
 
 __all__ = ["Fault", "TensorReport", "VerifyReport", "verify_file"]
 
@@ -144,7 +145,8 @@ def verify_file(path: str | Path) -> VerifyReport:
     """
     started = time.perf_counter()
     header = read_header(path)
-    faults: list[Fault] = []
+    of_version = _version_fault(header)
+    faults: list[Fault] = [of_version] if of_version else []
     warnings: list[str] = []
     out_of_bounds = list(_check_bounds(header, warnings))
     faults += out_of_bounds
@@ -154,7 +156,7 @@ def verify_file(path: str | Path) -> VerifyReport:
     spiking = [tensor for tensor in header.tensors if tensor.type_id == TYPE_SPK4]
     with _Data(Path(path)) as data:
         for tensor in header.tensors:
-            if tensor.name in unreadable:
+            if tensor.name in unreadable or (of_version and tensor.type_id == TYPE_SPK4):
                 continue
             found = _check_spikes(tensor, data) if tensor.type_id == TYPE_SPK4 else _check_stock(tensor, data)
             if isinstance(found, Fault):
@@ -172,6 +174,17 @@ def verify_file(path: str | Path) -> VerifyReport:
         faults=tuple(faults),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _version_fault(header: GGUFHeader) -> Fault | None:
+    """What is wrong with the version of the spike format; its rules do not hold for data of another one."""
+    version = header.metadata.get(KEY_VERSION, FORMAT_VERSION)
+    if type(version) is int and version == FORMAT_VERSION:
+        return None
+    return Fault(
+        f"{KEY_VERSION} is {version}, and this program knows version {FORMAT_VERSION}: "
+        "convert the model again with this program"
     )
 
 
@@ -229,7 +242,7 @@ def _check_spikes(tensor: TensorInfo, data: _Data) -> TensorReport | Fault:
         if fault is not None:
             row, block, reason = fault
             return Fault(reason, tensor.name, first + row, block)
-        salient_weights += int(np.count_nonzero(salient_pairs(blocks).view(np.uint8) >= 64))
+        salient_weights += int(np.count_nonzero(salient_slots(blocks)))
     return TensorReport(
         tensor.name, tensor.n_rows, tensor.shape[0], tensor.n_rows * row_bytes, rotation == 0, salient_weights
     )
@@ -303,12 +316,8 @@ def _check_metadata(header: GGUFHeader, spiking: set[str], warnings: list[str]) 
     metadata = header.metadata
     if not spiking:
         warnings.append("the file holds no SPK4 tensor")
-    version = metadata.get(KEY_VERSION)
-    if version is None:
-        if spiking:
-            warnings.append(f"{KEY_VERSION} is missing; taken as {FORMAT_VERSION}")
-    elif type(version) is not int or version != FORMAT_VERSION:
-        yield Fault(f"{KEY_VERSION} is {version}, and this program knows version {FORMAT_VERSION}")
+    if spiking and KEY_VERSION not in metadata:
+        warnings.append(f"{KEY_VERSION} is missing; taken as {FORMAT_VERSION}")
     type_name = metadata.get(KEY_TYPE_NAME, TYPE_NAME)
     if not isinstance(type_name, str) or type_name != TYPE_NAME:
         yield Fault(f"{KEY_TYPE_NAME} is not '{TYPE_NAME}'")

@@ -1,4 +1,4 @@
-"""SPK4 in NumPy: 4-bit weights with one threshold and zero-point per row and two salient weights per block.
+"""SPK4 in NumPy: 4-bit weights with one threshold and zero-point per row and a few salient weights per block.
 
 This is the normative definition; the C code gives the same bytes. All arithmetic is float32, in the order
 written.
@@ -18,6 +18,8 @@ from .format import (
     SPK4_THRESHOLD,
     SPK4_ZERO_POINT,
     check_inputs,
+    salient_limits,
+    salient_slots,
 )
 from .rotation import rotate
 
@@ -83,12 +85,11 @@ def weight_values(blocks: NDArray[np.void]) -> tuple[NDArray[np.int8], NDArray[n
         int8[..., 64 n_blocks] values, code + extension - zero_point, in -31..31; and float32[...] thresholds.
     """
     codes = blocks["codes"]
-    zero_point = (blocks["header"] & SPK4_ZERO_POINT).astype(np.int8)
-    values = np.concatenate([codes & 15, codes >> 4], axis=-1).astype(np.int8) - zero_point[..., None]
+    zero_point = (blocks["header"][..., 0] & SPK4_ZERO_POINT).astype(np.int8)
+    values = np.concatenate([codes & 15, codes >> 4], axis=-1).astype(np.int8) - zero_point[..., None, None]
     flat = values.reshape(-1, QK_SPK)
     each = np.arange(flat.shape[0])
-    for slot in range(SALIENT_SLOTS):
-        salient = blocks["salient"][..., slot].reshape(-1)
+    for salient in salient_slots(blocks).reshape(-1, SALIENT_SLOTS).T:
         flat[each, salient & 63] += _EXTENSION[salient >> 6]
     return (
         flat.reshape(*blocks.shape[:-1], blocks.shape[-1] * QK_SPK),
@@ -118,8 +119,8 @@ def pack_weights(
     """Packs integer weights, such as a calibrated quantizer finds, into blocks. Inverse of weight_values.
 
     Args:
-        values: int[..., n_in] in -zero_point - 16 .. 31 - zero_point; per block of 64, at most two may lie
-            outside the standard range -zero_point .. 15 - zero_point.
+        values: int[..., n_in] in -zero_point - 16 .. 31 - zero_point; per block of 64, at most four may lie
+            outside the standard range -zero_point .. 15 - zero_point, and two of the first block.
         threshold: float[...], one per row, on the grid of threshold_on_grid.
         zero_point: int[...], one per row, 0..15.
         rotated: whether the values are in the rotated basis.
@@ -149,23 +150,26 @@ def pack_weights(
         raise InputError("a weight value is outside the range that a salient weight can hold")
     above, below = code > 15, code < 0
     outside = above | below
-    if (outside.sum(axis=-1) > SALIENT_SLOTS).any():
+    limits = salient_limits(code.shape[-2])
+    if (outside.sum(axis=-1) > limits).any():
         raise InputError(
-            "a block has more than two weights outside the standard range", "clamp the smaller ones"
+            "a block has more than four weights outside the standard range, or the first one of a row more "
+            "than two",
+            "clamp the smaller ones",
         )
 
     blocks = np.zeros(code.shape[:-1], BLOCK_SPK4)
-    header = threshold_to_header(threshold) | zero_point.astype(np.uint16)
-    blocks["header"] = (header if rotated else header | np.uint16(SPK4_NOT_ROTATED))[..., None]
     nibble = (code - 16 * above + 16 * below).astype(np.uint8)
     blocks["codes"] = nibble[..., :32] | nibble[..., 32:] << 4
-    # the n-th element outside, counted in ascending position, takes slot n
-    rank = np.cumsum(outside, axis=-1)
+    # the n-th element outside, counted in ascending position, takes slot n of those that the block has
+    place = np.cumsum(outside, axis=-1) + (SALIENT_SLOTS - 1 - limits)[:, None]
     salient_byte = (np.arange(QK_SPK) | np.where(above, 1, 2) << 6).astype(np.uint8)
     for slot in range(SALIENT_SLOTS):
-        blocks["salient"][..., slot] = (salient_byte * (outside & (rank == slot + 1))).sum(
+        blocks["salient"][..., slot] = (salient_byte * (outside & (place == slot))).sum(
             axis=-1, dtype=np.uint8
         )
+    header = threshold_to_header(threshold) | zero_point.astype(np.uint16)
+    blocks["header"][..., 0] = header if rotated else header | np.uint16(SPK4_NOT_ROTATED)
     return blocks
 
 
@@ -236,11 +240,16 @@ def _encode_rows(w: NDArray[np.float32], importance: NDArray[np.float32], rotate
     blockwise = w.reshape(len(w), w.shape[1] // QK_SPK, QK_SPK)
     order = np.argsort(-np.abs(blockwise), axis=-1, kind="stable")  # ties: the lowest index first
     free = np.zeros(blockwise.shape, bool)
-    np.put_along_axis(free, order[..., :SALIENT_SLOTS], True, axis=-1)
+    np.put_along_axis(free, order[..., :SALIENT_SLOTS], _slot_exists(blockwise.shape[1]), axis=-1)
     with np.errstate(all="ignore"):
         threshold, zero_point = _search_scales(w, free.reshape(w.shape), importance)
         values = _choose_values(blockwise, threshold[:, None, None], zero_point[:, None, None])
     return pack_weights(values.reshape(w.shape), threshold, zero_point, rotated)
+
+
+def _slot_exists(n_blocks: int) -> NDArray[np.bool_]:
+    """bool[1, n_blocks, 4]: whether the block may have another salient weight after 0, 1, 2, 3."""
+    return (np.arange(SALIENT_SLOTS) < salient_limits(n_blocks)[:, None])[None]
 
 
 def _search_scales(
@@ -288,7 +297,7 @@ def _search_scales(
 def _choose_values(
     w: NDArray[np.float32], threshold: NDArray[np.float32], zero_point: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Integer values of w, float32[rows, n_blocks, 64]. The two that gain most leave the standard range."""
+    """Integer values of w, float32[rows, n_blocks, 64]. Those that gain most leave the standard range."""
     lo, hi = -zero_point, _F(15) - zero_point
     nearest = np.rint(w * (_F(1) / threshold))
     clamped = np.clip(nearest, lo, hi)
@@ -299,7 +308,7 @@ def _choose_values(
     gain = np.where((extended != clamped) & (gain > 0), gain, _F(0))  # a NaN gain is no gain
     chosen = np.argsort(-gain, axis=-1, kind="stable")[..., :SALIENT_SLOTS]
     values = clamped
-    pick = np.take_along_axis(gain, chosen, axis=-1) > 0
+    pick = (np.take_along_axis(gain, chosen, axis=-1) > 0) & _slot_exists(w.shape[1])
     np.put_along_axis(
         values,
         chosen,

@@ -73,7 +73,7 @@ def tensor(name: str | bytes, shape: tuple[int, ...], kind: int, offset: int) ->
 
 
 ARCHITECTURE = value("general.architecture", STRING, text("llama"))
-VERSION = value(f.KEY_VERSION, U32, struct.pack("<I", 1))
+VERSION = value(f.KEY_VERSION, U32, struct.pack("<I", f.FORMAT_VERSION))
 
 
 def gguf(
@@ -202,8 +202,9 @@ _SPIKES: dict[str, tuple[bytes, str | None]] = {
         "row 0, block 0: a scale is not finite",
     ),
     # our metadata
-    "version of the future": (gguf([W], values=[value(f.KEY_VERSION, U32, b"\xff" * 4)]), "knows version 1"),
-    "version as text": (gguf([W], values=[value(f.KEY_VERSION, STRING, text("1"))]), "knows version 1"),
+    "version of the future": (gguf([W], values=[value(f.KEY_VERSION, U32, b"\xff" * 4)]), "knows version 2"),
+    "version of the past": (gguf([W], values=[value(f.KEY_VERSION, U32, b"\1\0\0\0")]), "the model again"),
+    "version as text": (gguf([W], values=[value(f.KEY_VERSION, STRING, text("2"))]), "knows version 2"),
     "salience of NaN": (
         gguf([W], values=[value(f.KEY_SALIENCE_THRESHOLD, 6, struct.pack("<f", float("nan")))]),
         "salience_threshold is nan",

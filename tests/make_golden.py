@@ -21,7 +21,7 @@ from spikequant_gguf.codec import (
     rotate,
     threshold_on_grid,
 )
-from spikequant_gguf.format import FORMAT_VERSION
+from spikequant_gguf.format import BLOCK_SPK4, FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,6 +42,9 @@ def _weight_inputs(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.n
 
     outliers = normal(2, 128)
     outliers[0, [3, 5, 70]] = [1.5, -0.9, 0.8]
+    crowded = np.zeros((2, 192), np.float32)  # equal outliers, more than any block has slots
+    crowded[0, ::9], crowded[0, 4::9] = 3, -3
+    crowded[1, [2, 3, 5, 64, 70, 71, 127, 191]] = 1, -2, 4, 1, 2, -4, 8, 16
     ties = np.round(normal(1, 64) * 100).astype(np.float32) / 4
     # integers times a threshold, but for three ties, which the product with the inverse just misses
     threshold = np.float32(82 / 8192)
@@ -59,6 +62,7 @@ def _weight_inputs(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.n
         "importance": (normal(2, 128), (rng.random(128) ** 3).astype(np.float32)),
         "importance zero in half": (normal(1, 128), np.repeat(np.float32([0, 1]), 64)),
         "outliers": (outliers, None),
+        "more outliers than slots": (crowded, None),
         "positive": (np.abs(normal(1, 64)) + np.float32(0.1), None),
         "negative": (-np.abs(normal(1, 64)), None),
         "zero": (np.zeros((1, 64), np.float32), None),
@@ -150,10 +154,11 @@ def activation_cases(rng: np.random.Generator) -> list[dict]:
 
 
 def _extreme_weights(n_blocks: int, rotated: bool) -> np.ndarray:
-    """Rows of the largest potentials: zero-points 0 and 15, salient weights at both ends of every block."""
+    """Rows of the largest potentials: zero-points 0 and 15, salient weights in all slots of every block."""
     values = np.zeros((2, n_blocks, 64), np.int32)
     values[0], values[1] = 15, -15
     values[0][:, [0, 63]], values[1][:, [0, 63]] = 31, -31
+    values[0][1:, [1, 62]], values[1][1:, [1, 62]] = 31, -31
     return pack_weights(values.reshape(2, -1), threshold_on_grid([0.01, 700.0]), [0, 15], rotated)
 
 
@@ -165,7 +170,7 @@ def product_cases(rng: np.random.Generator) -> list[dict]:
         ("all excitatory", 128, False, 0),
     ):
         weights = encode_weights((rng.standard_t(4, (4, n_in)) * 0.05).astype(np.float32), None, rotated)
-        weights = np.concatenate([weights, _extreme_weights(n_in // 64, rotated)])
+        weights = np.concatenate([weights, _extreme_weights(n_in // 64, rotated)], dtype=BLOCK_SPK4)
         x = rng.standard_t(3, (4, n_in)).astype(np.float32)
         x[1, 5] = 400
         x[3, 0] = np.nan

@@ -101,7 +101,7 @@ def spike_gguf_bytes(folder: Path) -> bytes:
     """A small SPK4 file with all our metadata."""
     weights = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     metadata = {
-        f.KEY_VERSION: 1,
+        f.KEY_VERSION: f.FORMAT_VERSION,
         f.KEY_TYPE_NAME: "spk4",
         f.KEY_SALIENCE_THRESHOLD: 2.3,
         f.KEY_ENCODER_TENSORS: ["q"],

@@ -30,7 +30,17 @@ from spikequant_gguf.codec import (
     validate_weights,
     weight_values,
 )
-from spikequant_gguf.format import BLOCK_SPK4, BLOCK_SPKA, MAX_INPUTS, QK_SPK
+from spikequant_gguf.format import (
+    BLOCK_SPK4,
+    BLOCK_SPKA,
+    FIRST_BLOCK_SLOTS,
+    MAX_INPUTS,
+    QK_SPK,
+    SALIENT_SLOTS,
+    salient_limits,
+    salient_slots,
+)
+from spikequant_gguf.validation import first_weight_fault
 
 F = np.float32
 FLT_MAX = np.finfo(np.float32).max
@@ -63,12 +73,14 @@ def random_weights(rng: np.random.Generator, rows: int, n_blocks: int, not_rotat
     """Any valid rows, also those that no quantizer would write."""
     blocks = np.zeros((rows, n_blocks), BLOCK_SPK4)
     header = rng.choice(ALL_THRESHOLDS, rows) | rng.integers(0, 16, rows).astype(np.uint16)
-    blocks["header"] = header[:, None] | not_rotated << 15
+    blocks["header"][:, 0] = header | not_rotated << 15
     blocks["codes"] = rng.integers(0, 256, blocks["codes"].shape)
-    for block in blocks.reshape(-1):
-        used = rng.integers(0, 3)
-        positions = np.sort(rng.choice(QK_SPK, used, replace=False))
-        block["salient"][:used] = positions | rng.integers(1, 3, used) << 6
+    for row in range(rows):
+        for block in range(n_blocks):
+            slots = blocks["salient"][row, block, 2 if block == 0 else 0 :]
+            used = rng.integers(0, len(slots) + 1)
+            positions = np.sort(rng.choice(QK_SPK, used, replace=False))
+            slots[:used] = positions | rng.integers(1, 3, used) << 6
     return blocks
 
 
@@ -220,7 +232,7 @@ def scalar_quantize(w, importance, rotated):
             importance[b : b + QK_SPK] = [total * F(1 / 64)] * QK_SPK
     free = set()
     for b in blocks:
-        free.update(sorted(range(b, b + QK_SPK), key=lambda i: (-abs(w[i]), i))[:2])
+        free.update(sorted(range(b, b + QK_SPK), key=lambda i: (-abs(w[i]), i))[: 4 if b else 2])
     others = [w[i] for i in range(n) if i not in free]
     smallest, largest = min(others), max(others)
     s0 = (largest - smallest) / F(15)
@@ -251,7 +263,7 @@ def scalar_quantize(w, importance, rotated):
             if q != clamped and a * a - e * e > 0:
                 gains.append((-(a * a - e * e), i - b, extended))
             block.append(clamped)
-        for _, position, extended in sorted(gains)[:2]:
+        for _, position, extended in sorted(gains)[: 4 if b else 2]:
             block[position] = extended
         values += block
     return [int(v) for v in values], theta, int(z)
@@ -267,10 +279,29 @@ def test_quantizer_is_the_specification(w, importance, rotated):
     check_quantizer(w, importance, rotated)
 
 
+@pytest.mark.parametrize("n_in", [64, 128, 192])
 @pytest.mark.parametrize("scale", [1e-6, 0.02, 3e4])
-def test_quantizer_is_the_specification_for_long_tails(scale):
+def test_quantizer_is_the_specification_for_long_tails(scale, n_in):
     rng = np.random.default_rng(5)
-    check_quantizer((rng.standard_t(2, (1, 128)) * scale).astype(F), rng.random(128).astype(F), True)
+    weights = (rng.standard_t(2, (1, n_in)) * scale).astype(F)
+    for rotated in (True, False):
+        check_quantizer(weights, rng.random(n_in).astype(F), rotated)
+
+
+def test_quantizer_is_the_specification_for_equal_weights():
+    """More equal outliers in every block than it has slots: the lower positions take them."""
+    w = np.zeros((1, 192), F)
+    w[0, ::9] = 3
+    w[0, 4::9] = -3
+    w[0, 8::9] = 1
+    check_quantizer(w, None, False)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_quantizer_fills_all_slots(rotated):
+    w = np.random.default_rng(0).standard_t(2, (32, 192))
+    used = np.count_nonzero(salient_slots(encode_weights(w, rotated=rotated)), axis=-1)
+    assert used.max(axis=0).tolist() == [2, 4, 4]
 
 
 def check_quantizer(w, importance, rotated):
@@ -378,24 +409,43 @@ def test_every_code_byte_at_every_position():
         assert np.array_equal(decode_weights(blocks), expected)
 
 
-def test_every_salient_byte_in_both_slots():
-    blocks = np.zeros((64 * 64 * 4, 1), BLOCK_SPK4)
+@pytest.mark.parametrize("block, slot", [(0, 2), (1, 0), (1, 1), (1, 2)])
+def test_every_salient_byte_in_neighbouring_slots(block, slot):
     a, b, kinds = (index.ravel() for index in np.meshgrid(np.arange(64), np.arange(64), np.arange(4)))
     first, second = kinds % 2 + 1, kinds // 2 + 1
-    blocks["header"] = 0x3C08
+    blocks = np.zeros((64 * 64 * 4, 3), BLOCK_SPK4)
+    blocks["header"][:, 0] = 0x3C08
     blocks["codes"] = 0x88
-    blocks["salient"][:, 0, 0] = first << 6 | a
-    blocks["salient"][:, 0, 1] = second << 6 | b
-    valid = a < b
-    expected = np.zeros((len(blocks), QK_SPK), int)
+    blocks["salient"][:, block, slot] = first << 6 | a
+    blocks["salient"][:, block, slot + 1] = second << 6 | b
+    # the slots before these are used, too
+    before = np.arange(2 if block == 0 else 0, slot)
+    blocks["salient"][:, block, before] = 0x40 | before
+    valid = (a < b) & (a >= slot)
+    expected = np.zeros((len(blocks), 3, QK_SPK), int)
     each = np.arange(len(blocks))
-    expected[each, a] += np.where(first == 1, 16, -16)
-    expected[each, b] += np.where(second == 1, 16, -16)
+    expected[:, block, before] = 16
+    expected[each, block, a] += np.where(first == 1, 16, -16)
+    expected[each, block, b] += np.where(second == 1, 16, -16)
+    expected = expected.reshape(len(blocks), -1)
     assert np.array_equal(weight_values(blocks)[0][valid], expected[valid])
     validate_weights(blocks[valid])
-    for i in np.flatnonzero(~valid)[::97]:
+    for i in np.flatnonzero(a >= b)[::97]:
         with pytest.raises(FormatError, match="ascending"):
             validate_weights(blocks[i : i + 1])
+
+
+def test_the_header_is_no_salient_weight_and_no_other_block_has_one():
+    blocks = np.zeros((1, 2), BLOCK_SPK4)
+    blocks["header"] = 0x5555  # as slots: two weights at 21
+    blocks["codes"] = 0x55
+    values, theta = weight_values(blocks)
+    expected = np.zeros((1, 128), int)
+    expected[0, 64 + 21] = 32
+    assert np.array_equal(values, expected) and theta == threshold_from_header(0x5555)
+    slots = salient_slots(blocks)
+    assert slots.tolist() == [[[0, 0, 0, 0], [0x55, 0x55, 0, 0]]]
+    assert (blocks["header"] == 0x5555).all(), "the argument was changed"
 
 
 def test_every_threshold_decodes_exactly():
@@ -419,14 +469,41 @@ def test_pack_is_the_inverse_of_unpack(seed):
     again, theta_again = weight_values(packed)
     assert np.array_equal(again, values) and np.array_equal(theta_again, theta)
     # the only freedom is that a salient value may lie within the standard range
-    assert np.array_equal(packed["header"], blocks["header"])
+    assert np.array_equal(packed["header"][:, 0], blocks["header"][:, 0])
+
+
+def test_pack_fills_the_slots_from_the_first_on():
+    values = np.zeros((1, 192), int)
+    values[0, [9, 40]] = 20, -20  # the first block: its two slots
+    values[0, 64 + np.array([1, 5, 6, 63])] = -9, 8, 23, -24  # all four of the second
+    values[0, 128 + 7] = 8  # one of the third
+    blocks = pack_weights(values, 0.25, 8, rotated=False)
+    assert blocks["header"][0, 0] == 0xB408
+    assert salient_slots(blocks)[0].tolist() == [
+        [0, 0, 0x40 | 9, 0x80 | 40],
+        [0x80 | 1, 0x40 | 5, 0x40 | 6, 0x80 | 63],
+        [0x40 | 7, 0, 0, 0],
+    ]
+    validate_weights(blocks)
+    assert np.array_equal(weight_values(blocks)[0], values)
+
+
+@pytest.mark.parametrize("block, limit", [(0, FIRST_BLOCK_SLOTS), (1, SALIENT_SLOTS), (2, SALIENT_SLOTS)])
+def test_pack_takes_as_many_salient_weights_as_there_are_slots(block, limit):
+    assert salient_limits(3)[block] == limit
+    values = np.zeros((3, 192), int)
+    values[1, block * 64 + 10 : block * 64 + 10 + limit] = 9
+    assert np.array_equal(weight_values(pack_weights(values, 0.25, 8))[0], values)
+    values[1, block * 64] = -9
+    with pytest.raises(InputError, match="more than four weights outside the standard range, or the first"):
+        pack_weights(values, 0.25, 8)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"values": np.full((1, 64), 24)}, "outside the range"),
-        ({"values": np.full((1, 64), 9)}, "more than two"),
+        ({"values": np.full((1, 64), 9)}, "more than"),
         ({"threshold": 0.3}, "grid"),
         ({"threshold": 0.0}, "grid"),
         ({"threshold": np.nan}, "grid"),
@@ -473,7 +550,7 @@ def test_salient_weights_pay():
     plain = ((decode_weights(encode_weights(w, rotated=False)) - w) ** 2).mean()
     w[:, [5, 100]] = 6
     blocks = encode_weights(w, rotated=False)
-    assert (blocks["salient"][:, [0, 1]] != 0).any(axis=-1).all()
+    assert (salient_slots(blocks)[:, [0, 1]] != 0).any(axis=-1).all()
     assert ((decode_weights(blocks) - w) ** 2).mean() < 1.3 * plain
 
 
@@ -726,13 +803,13 @@ def test_the_largest_potential_is_exact_in_float32():
     assert 496 * MAX_INPUTS < 2**24 <= 496 * (MAX_INPUTS + QK_SPK)
     assert 496 * 4_329_604 < 2**31 <= 496 * 4_329_605
     weights = np.zeros((1, n_blocks), BLOCK_SPK4)
-    weights["header"] = 0xBC0F
-    weights["salient"] = [0x80, 0x81]
+    weights["salient"] = [0x80, 0x81, 0x82, 0x83]
+    weights["header"][:, 0], weights["salient"][:, 0, 2:] = 0xBC0F, [0x80, 0x81]
     activations = np.zeros((1, n_blocks), BLOCK_SPKA)
     activations["threshold"], activations["flags"] = 1, 1
     activations["salient_mask"] = 2**64 - 1  # all of code -16, fine
     fine, coarse = potentials(weights, activations)
-    expected = n_blocks * 16 * (2 * 31 + 62 * 15)
+    expected = 16 * (2 * 31 + 62 * 15 + (n_blocks - 1) * (4 * 31 + 60 * 15))
     assert fine[0, 0] == expected and coarse[0, 0] == 0
     assert matmul(weights, activations)[0, 0] == expected
 
@@ -784,61 +861,143 @@ def test_shapes_that_do_not_fit():
 
 
 def weight_mutations():
-    def salient(first, second):
-        return lambda block: block["salient"].__setitem__(slice(None), [first, second])
+    def salient(*slots):
+        def change(row):
+            row["salient"][2] = slots
 
-    def header(change):
-        return lambda block: block.__setitem__("header", change(int(block["header"])))
+        return 2, change
 
-    yield "not finite", header(lambda h: h | 0x7C00)
+    def in_first_block(*slots):
+        def change(row):
+            row["salient"][0, 2:] = slots
+
+        return 0, change
+
+    def header(change_header):
+        def change(row):
+            row["header"][0] = change_header(int(row["header"][0]))
+
+        return 0, change
+
+    yield "threshold is not finite", header(lambda h: h | 0x7C00)
+    yield "threshold is not finite", header(lambda h: 0x7C00)
     yield "threshold is zero", header(lambda h: h & ~0x7FF0)
-    yield "no valid extension", salient(0xC1, 0)
-    yield "no valid extension", salient(0x41, 0xC2)
-    yield "slot is not zero", salient(0x01, 0)
-    yield "slot is not zero", salient(0x41, 0x3F)
-    yield "before a used one", salient(0, 0x41)
-    yield "not ascending", salient(0x45, 0x44)
-    yield "not ascending", salient(0x45, 0x85)
-    yield "header differs", header(lambda h: h ^ 0x0001)
-    yield "header differs", header(lambda h: h ^ 0x0010)
-    yield "header differs", header(lambda h: h ^ 0x8000)
+    for prefix in range(4):  # slots in use before the faulty one
+        used = [0x40 | position for position in range(prefix)]
+        yield "no valid extension", salient(*used, 0xC0 | 9, *[0] * (3 - prefix))
+        yield "slot is not zero", salient(*used, 0x09, *[0] * (3 - prefix))
+    for prefix in range(3):
+        used = [0x40 | position for position in range(prefix)]
+        yield "before a used one", salient(*used, 0, 0x49, *[0] * (2 - prefix))
+        yield "not ascending", salient(*used, 0x45, 0x44, *[0] * (2 - prefix))
+        yield "not ascending", salient(*used, 0x45, 0x85, *[0] * (2 - prefix))
+    yield "before a used one", salient(0, 0, 0, 0x80)
+    # of several faults the first rule is named, wherever it is broken
+    yield "no valid extension", salient(0x45, 0x44, 0x01, 0xC0)
+    yield "slot is not zero", salient(0x45, 0x44, 0, 0x01)
+    yield "before a used one", salient(0x45, 0x44, 0, 0x46)
+    yield "no valid extension", in_first_block(0xC1, 0)
+    yield "no valid extension", in_first_block(0x41, 0xC2)
+    yield "slot is not zero", in_first_block(0x01, 0)
+    yield "slot is not zero", in_first_block(0x41, 0x3F)
+    yield "before a used one", in_first_block(0, 0x41)
+    yield "not ascending", in_first_block(0x45, 0x44)
+    yield "rotation differs from the first row", header(lambda h: h ^ 0x8000)
 
 
-@pytest.mark.parametrize("rule, mutate", list(weight_mutations()))
-def test_invalid_weights_are_named(rule, mutate):
+@pytest.mark.parametrize("rule, place", list(weight_mutations()))
+def test_invalid_weights_are_named(rule, place):
+    block, mutate = place
     blocks = random_weights(np.random.default_rng(0), 6, 4)
     validate_weights(blocks)
-    mutate(blocks[3, 2])
-    with pytest.raises(FormatError, match=f"^tensor 'blk.0.x', row 3, block 2: .*{rule}") as caught:
+    mutate(blocks[3])
+    with pytest.raises(FormatError, match=f"^tensor 'blk.0.x', row 3, block {block}: .*{rule}") as caught:
         validate_weights(blocks, "blk.0.x")
-    assert (caught.value.tensor, caught.value.row, caught.value.block) == ("blk.0.x", 3, 2)
+    assert (caught.value.tensor, caught.value.row, caught.value.block) == ("blk.0.x", 3, block)
     assert caught.value.remedy and caught.value.exit_code == 3
+
+
+def test_the_first_faulty_block_of_the_first_faulty_row_is_named():
+    blocks = random_weights(np.random.default_rng(0), 6, 4)
+    blocks["salient"][4, 1] = 0xC0
+    blocks["salient"][2, 3] = 0x01
+    blocks["header"][3, 0] = 0
+    with pytest.raises(FormatError, match="row 2, block 3: unused salient slot is not zero"):
+        validate_weights(blocks)
 
 
 def test_rotation_must_be_uniform_over_a_tensor():
     blocks = random_weights(np.random.default_rng(0), 6, 4)
-    blocks["header"][4] |= 0x8000
+    blocks["header"][4, 0] |= 0x8000
     with pytest.raises(FormatError, match="row 4, block 0: rotation differs"):
         validate_weights(blocks)
+    blocks["header"][4, 0] &= 0x7FFF
+    blocks["salient"][4, 1:] = [0x83, 0, 0, 0]  # in other blocks the same bit is no rotation
+    validate_weights(blocks)
 
 
-def test_every_salient_pair_of_bytes_is_valid_or_rejected():
-    blocks = np.zeros((0x10000, 1), BLOCK_SPK4)
-    blocks["header"] = 0x3C00
+def scalar_fault(slots) -> str | None:
+    """The rules of section 8 for the slots of one block, one after the other."""
+    used = [slot >> 6 != 0 for slot in slots]
+    neighbours = [(slots[i], slots[i + 1], used[i], used[i + 1]) for i in range(len(slots) - 1)]
+    if any(slot >> 6 == 3 for slot in slots):
+        return "salient weight has no valid extension"
+    if any(slot >> 6 == 0 and slot != 0 for slot in slots):
+        return "unused salient slot is not zero"
+    if any(not first and second for _, _, first, second in neighbours):
+        return "unused salient slot before a used one"
+    if any(a and b and x & 63 >= y & 63 for x, y, a, b in neighbours):
+        return "salient positions are not ascending"
+    return None
+
+
+def check_faults(slots: np.ndarray, block: int) -> int:
+    """Compares the faults of blocks with slots uint8[n, 2 or 4] to scalar_fault. How many have none."""
+    blocks = np.zeros((len(slots), 2), BLOCK_SPK4)
+    blocks["header"][:, 0] = 0x3C00
+    blocks["salient"][:, block, -slots.shape[1] :] = slots
+    expected = [scalar_fault(each) for each in slots.tolist()]
+    valid = np.array([fault is None for fault in expected])
+    validate_weights(blocks[valid])
+    for i in np.flatnonzero(~valid):
+        assert first_weight_fault(blocks[i : i + 1]) == (0, block, expected[i])
+    return int(valid.sum())
+
+
+def test_every_pair_of_slots_of_a_first_block_is_valid_or_rejected():
     both = np.arange(0x10000)
-    blocks["salient"][:, 0, 0], blocks["salient"][:, 0, 1] = both & 255, both >> 8
-    valid = {(0, 0)}
-    extended = [kind << 6 | position for kind in (1, 2) for position in range(64)]
-    valid |= {(byte, 0) for byte in extended}
-    valid |= {(a, b) for a in extended for b in extended if a & 63 < b & 63}
-    accepted = np.array([(a, b) in valid for a, b in blocks["salient"][:, 0].tolist()])
-    validate_weights(blocks[accepted])
-    rejected = blocks[~accepted]
-    while len(rejected):  # each of them must be found as the first fault
-        with pytest.raises(FormatError) as caught:
-            validate_weights(rejected)
-        assert caught.value.row == 0
-        rejected = rejected[211:]
+    n_valid = check_faults(np.stack([both & 255, both >> 8], axis=1).astype(np.uint8), block=0)
+    assert n_valid == 1 + 128 + 4 * (64 * 63 // 2)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_pair_of_neighbouring_slots_is_valid_or_rejected(place):
+    both = np.arange(0x10000)
+    slots = np.zeros((len(both), 4), np.uint8)
+    slots[:, :place] = [0x40, 0x81][:place]
+    slots[:, place], slots[:, place + 1] = both & 255, both >> 8
+    n_positions = 64 - place
+    n_valid = check_faults(slots, block=1)
+    assert n_valid == 1 + 2 * n_positions + 4 * (n_positions * (n_positions - 1) // 2)
+
+
+def test_any_four_slots_are_valid_or_rejected():
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 256, (5000, 4), np.uint8)
+    used = rng.integers(0x40, 0xC0, (5000, 4), np.uint8)
+    nearly = np.take_along_axis(used, np.argsort(used & 63, axis=1), axis=1)  # ascending, but for equal ones
+    nearly[np.arange(4) >= rng.integers(0, 5, 5000)[:, None]] = 0
+    holes = np.where(rng.random((5000, 4)) < 0.2, 0, nearly).astype(np.uint8)
+    n_valid = [check_faults(slots, block=1) for slots in (anything, used, nearly, holes)]
+    assert n_valid[2] > 4000 and all(n_valid[i] < 5000 for i in range(4)) and n_valid[3] > 1000
+
+
+def test_no_rule_is_for_the_header_in_other_blocks():
+    blocks = np.zeros((1, 3), BLOCK_SPK4)
+    blocks["header"][0, 0] = 0x3C00
+    validate_weights(blocks)  # no threshold in blocks 1 and 2
+    blocks["salient"][0, 1] = [0x40, 0x7C, 0, 0]  # as a header: not finite
+    validate_weights(blocks)
 
 
 def activation_mutations():

@@ -51,7 +51,7 @@ def reference(blocks: np.ndarray, n_rows: int) -> dict[str, int]:
     salient = blocks["salient_mask"][..., None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)
     fires, salient = train.time >= 0, salient.astype(bool).reshape(tokens, -1)
     steps = np.abs(fine).max(axis=1).sum() + np.abs(coarse).max(axis=1).sum()
-    read = n_rows * (2 + 2 * n_blocks) + tokens * (64 * n_blocks + 4 * n_rows)
+    read = n_rows * (2 + 4 * n_blocks) + tokens * (64 * n_blocks + 4 * n_rows)
     codes = train.spikes * n_rows // 2 if tokens == 1 else 64 * n_blocks * n_rows // 2
     return {
         "products": 1,

@@ -24,6 +24,7 @@ from spikequant_gguf.codec import (
     decode_weights,
     encode_weights,
     matmul,
+    pack_weights,
     potentials,
     spike_train,
     validate_activations,
@@ -54,8 +55,13 @@ def test_block_layouts():
     }
     assert {name: field[1] for name, field in BLOCK_SPK4.fields.items()} == {
         "header": 0,
-        "salient": 2,
+        "salient": 0,
         "codes": 4,
+    }
+    assert {name: field[0].shape for name, field in BLOCK_SPK4.fields.items()} == {
+        "header": (),
+        "salient": (4,),
+        "codes": (32,),
     }
 
 
@@ -67,6 +73,9 @@ def test_blocks_and_bytes():
     assert np.array_equal(blocks_to_bytes(blocks), raw)
     assert np.array_equal(blocks_from_bytes(raw.tobytes()[:72]), blocks[0])
     assert np.array_equal(blocks_to_bytes(blocks[:, :1]), raw[:, :36])
+    joined = np.concatenate([blocks, blocks])  # which NumPy gives fields that do not overlap
+    assert joined.dtype.itemsize == 38 and np.array_equal(blocks_to_bytes(joined), np.tile(raw, (2, 1)))
+    assert np.concatenate([blocks, blocks], dtype=BLOCK_SPK4).tobytes() == 2 * raw.tobytes()
     with pytest.raises(FormatError, match="71 bytes"):
         blocks_from_bytes(raw[:, :71])
     with pytest.raises(FormatError, match="int8"):
@@ -113,6 +122,17 @@ def test_worked_example_of_the_specification():
     n, s = potentials(weights, activations)
     assert n[0, 0] == int(stated["N"]) and s[0, 0] == int(stated["S"])
     assert matmul(weights, activations)[0, 0] == float(stated["y"])
+
+
+def test_a_second_block_has_four_slots():
+    blocks = blocks_from_bytes(bytes.fromhex(example("hex spk4, two blocks")), BLOCK_SPK4)[None]
+    assert blocks.shape == (1, 2) and blocks["header"][0, 0] == 0xB408
+    validate_weights(blocks)
+    values, theta = weight_values(blocks)
+    expected = np.zeros((1, 128), int)
+    expected[0, [3, 64 + 1, 64 + 2, 64 + 63]], expected[0, 64 + 40] = 16, -16
+    assert theta[0] == 0.25 and np.array_equal(values, expected)
+    assert np.array_equal(pack_weights(expected, 0.25, 8, rotated=False), blocks)
 
 
 def test_prose_of_the_example_agrees():
@@ -201,7 +221,7 @@ def model(tmp_path, weights):
     path = tmp_path / "small.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(LlamaFileType.MOSTLY_SPK4)
-    writer.add_uint32(format.KEY_VERSION, 1)
+    writer.add_uint32(format.KEY_VERSION, 2)
     raw = blocks_to_bytes(encode_weights(weights))
     writer.add_tensor("blk.0.attn_q.weight", raw, raw_dtype=GGMLQuantizationType.SPK4)
     writer.add_tensor("blk.0.attn_norm.weight", np.ones(128, np.float32))
@@ -238,7 +258,7 @@ def test_gguf_dump_shows_spk4(model, capsys, monkeypatch):
     gguf_dump.main()
     output = capsys.readouterr().out
     assert re.search(r"640 \|\s+128,\s+5,\s+1,\s+1 \| SPK4\s+\| blk.0.attn_q.weight", output)
-    assert "spikequant.version = 1" in output
+    assert "spikequant.version = 2" in output
 
 
 def test_import_needs_neither_torch_nor_llama_cpp():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spikequant_gguf import codec
-from spikequant_gguf.format import BLOCK_SPKA
+from spikequant_gguf.format import BLOCK_SPKA, SALIENT_SLOTS
 from spikequant_gguf.native import load
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -17,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("runtime")
 TILE, LINE = 128, 64
 HALF_TILE, HALF_LINE = 64, 32
 PROGRAM_BYTES = 4 + 4 + 16 * 8  # spike_program
-TRAIN_BYTES = 32  # spike_train
+CHUNKS_AT = 28  # n_chunks in spike_train
+MAX_BLOCKS = 511  # SPIKE_MAX_TILED_INPUTS / 64
+TRAIN_BYTES = CHUNKS_AT + 4 + 8 * -(-MAX_BLOCKS // 64)  # spike_train
 CLASSES = 2
 LIST_SLACK = 64
 AHEAD_SHIFT, AHEAD_AGAIN = 16, 32
@@ -89,7 +91,7 @@ class Train:
         self.bytes = self.memory[start : start + size]
         self.lists_at = TRAIN_BYTES + self.chunks * CLASSES * PROGRAM_BYTES
         self.max_spikes = self.n_inputs + self.chunks * CLASSES * 2 * 16 * 3 + LIST_SLACK
-        self.bytes[TRAIN_BYTES - 4 : TRAIN_BYTES].view(np.int32)[0] = self.chunks
+        self.bytes[CHUNKS_AT : CHUNKS_AT + 4].view(np.int32)[0] = self.chunks
         values = self.bytes[self.lists_at + 2 * self.max_spikes :][: 2 * self.n_inputs].view(np.int8)
         values[: self.n_inputs], values[self.n_inputs :] = self.fine, self.coarse
         cpu.spike_train_build(activations.ctypes.data, self.n_inputs, self.bytes.ctypes.data)
@@ -201,14 +203,14 @@ def test_random_trains(name):
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_salient_weights(name, density):
     rng = np.random.default_rng(2)
-    for n_blocks in (1, 2, 3, 4, 7, 9, 64, 1023):
+    for n_blocks in (1, 2, 3, 4, 7, 9, 64, MAX_BLOCKS):
         values = rng.integers(-16, 16, n_blocks * 64).astype(np.int8)
-        if n_blocks == 1023:
+        if n_blocks == MAX_BLOCKS:
             values[:] = -16  # sums at the limit of 16 bits
-        salients = rng.integers(0, 256, (n_blocks, 2, TILE)).astype(
+        salients = rng.integers(0, 256, (n_blocks, SALIENT_SLOTS, TILE)).astype(
             np.uint8
         )  # all patterns, the invalid one, too
-        if n_blocks == 1023:
+        if n_blocks == MAX_BLOCKS:
             salients = (salients & 63) | 0x40
         salients[rng.random(salients.shape) >= density] = 0
         found = np.zeros(TILE, np.int16)

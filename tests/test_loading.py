@@ -13,13 +13,13 @@ import pytest
 from spikequant_gguf import evaluation
 from spikequant_gguf.errors import InputError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.format import BLOCK_SPK4, TYPE_SPK4, blocks_from_bytes, blocks_to_bytes
+from spikequant_gguf.format import BLOCK_SPK4, TYPE_SPK4, blocks_from_bytes, blocks_to_bytes, salient_slots
 from spikequant_gguf.ggml_api import MatMul
 from spikequant_gguf.gguf_header import TensorInfo, read_header
 from spikequant_gguf.llama_log import collect_errors
 from spikequant_gguf.native import load
 from spikequant_gguf.runtime import RuntimeInfo
-from spikequant_gguf.validation import first_weight_fault, salient_pairs
+from spikequant_gguf.validation import first_weight_fault
 
 
 def draw_blocks(rows: int, n_in: int) -> np.ndarray:
@@ -27,28 +27,35 @@ def draw_blocks(rows: int, n_in: int) -> np.ndarray:
     return blocks_from_bytes(load().quantize(TYPE_SPK4, values)).copy()
 
 
-def other_threshold(block: np.void) -> None:
-    block["header"] ^= 0x0010
+def no_extension(slots: np.ndarray) -> None:
+    slots[0] = 0xC0
 
 
-def other_rotation(block: np.void) -> None:
-    block["header"] ^= 0x8000
+def not_zero(slots: np.ndarray) -> None:
+    slots[-1] = 0x05
 
 
-def no_extension(block: np.void) -> None:
-    block["salient"] = (0xC0, 0)
+def gap(slots: np.ndarray) -> None:
+    slots[:] = 0
+    slots[-1] = 0x42
 
 
-def same_place_twice(block: np.void) -> None:
-    block["salient"] = (0x41, 0x81)
+def same_place_twice(slots: np.ndarray) -> None:
+    slots[-2:] = (0x41, 0x81)
+    slots[:-2] = 0x40
 
 
 FAULTS = {
-    other_threshold: "header differs from the first block of its row",
-    other_rotation: "header differs from the first block of its row",
     no_extension: "salient weight has no valid extension",
+    not_zero: "unused salient slot is not zero",
+    gap: "unused salient slot before a used one",
     same_place_twice: "salient positions are not ascending",
 }
+HEADERS = {0x7C08: "threshold is not finite", 0x0008: "threshold is zero"}
+
+
+def slots_of(blocks: np.ndarray, row: int, block: int) -> np.ndarray:
+    return blocks["salient"][row, block, 2 if block == 0 else 0 :]
 
 
 @pytest.fixture
@@ -56,30 +63,44 @@ def log(runtime: RuntimeInfo) -> None:
     evaluation._llama()  # sends llama.cpp's log to Python
 
 
-@pytest.mark.parametrize("rows", [128 + 70, 128 + 40])  # the last tile is a whole one, and half of one
+def assert_found(blocks: np.ndarray, row: int, block: int, reason: str) -> None:
+    assert first_weight_fault(blocks) == (row, block, reason)
+    with (
+        collect_errors() as errors,
+        MatMul(TYPE_SPK4, blocks_to_bytes(blocks), 64 * blocks.shape[1], 1, buffer="CPU_SPIKE") as product,
+    ):
+        assert np.array_equal(product.weight_bytes(), blocks_to_bytes(blocks))
+    assert len(errors) == 1 and errors[0].endswith(f"row {row}, block {block}: {reason}"), errors
+
+
+ROWS = [128 + 70, 128 + 40]  # the last tile is a whole one, and half of one
+
+
+@pytest.mark.parametrize("n_rows", ROWS)
 @pytest.mark.parametrize("damage", FAULTS)
 def test_packing_finds_a_fault_wherever_it_is(
-    log: None, rows: int, damage: Callable[[np.void], None]
+    log: None, n_rows: int, damage: Callable[[np.ndarray], None]
 ) -> None:
-    sound = draw_blocks(rows, 192)
-    for row in (0, 15, 64, 127, 128, 128 + 33, rows - 1):
-        for block in (1, 2):
+    sound = draw_blocks(n_rows, 192)
+    for row in (0, 15, 64, 127, 128, 128 + 33, n_rows - 1):
+        for block in range(3):
             blocks = sound.copy()
-            damage(blocks[row, block])
-            assert first_weight_fault(blocks) == (row, block, FAULTS[damage])
-            with (
-                collect_errors() as errors,
-                MatMul(TYPE_SPK4, blocks_to_bytes(blocks), 192, 1, buffer="CPU_SPIKE") as m,
-            ):
-                assert np.array_equal(m.weight_bytes(), blocks_to_bytes(blocks))
-            assert len(errors) == 1 and errors[0].endswith(f"row {row}, block {block}: {FAULTS[damage]}"), (
-                errors
-            )
+            damage(slots_of(blocks, row, block))
+            assert_found(blocks, row, block, FAULTS[damage])
+
+
+@pytest.mark.parametrize("n_rows", ROWS)
+@pytest.mark.parametrize("header", HEADERS)
+def test_packing_finds_a_faulty_header(log: None, n_rows: int, header: int) -> None:
+    for row in (0, 127, 128, n_rows - 1):
+        blocks = draw_blocks(n_rows, 192)
+        blocks["header"][row, 0] = header
+        assert_found(blocks, row, 0, HEADERS[header])
 
 
 def test_packing_finds_a_row_of_another_rotation(log: None) -> None:
     blocks = draw_blocks(300, 128)
-    blocks["header"][200] ^= 0x8000
+    blocks["header"][200, 0] ^= 0x8000
     with collect_errors() as errors, MatMul(TYPE_SPK4, blocks_to_bytes(blocks), 128, 1, buffer="CPU_SPIKE"):
         pass
     assert len(errors) == 1 and errors[0].endswith("row 200, block 0: rotation differs from the first row")
@@ -100,12 +121,13 @@ def test_weights_that_several_threads_pack(log: None, rows: int, n_in: int) -> N
     assert errors == []
 
 
-def test_salient_pairs_of_any_view() -> None:
+def test_salient_slots_of_any_view() -> None:
     blocks = draw_blocks(6, 512)
     assert blocks.dtype == BLOCK_SPK4 and blocks["salient"].any()
     for view in (blocks, blocks[::2], blocks[:, 1::3], blocks[3], blocks.T):
-        expected = view["salient"][..., 0] + 256 * view["salient"][..., 1].astype(np.uint16)
-        assert np.array_equal(salient_pairs(view), expected)
+        expected = view["salient"].copy()
+        expected[..., 0, :2] = 0
+        assert np.array_equal(salient_slots(view), expected)
 
 
 # ---- a whole model
@@ -121,7 +143,7 @@ def test_the_loader_names_the_fault(
     tiny_models: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    damage: Callable[[np.void], None],
+    damage: Callable[[np.ndarray], None],
     use_mmap: bool,
 ) -> None:
     original = evaluation._model_params
@@ -137,7 +159,7 @@ def test_the_loader_names_the_fault(
     tensor = last_spikes(tiny_models["spk4"])
     n_blocks = tensor.shape[0] // 64
     blocks = np.frombuffer(data, BLOCK_SPK4, tensor.n_rows * n_blocks, tensor.offset).reshape(-1, n_blocks)
-    damage(blocks[77, 1])
+    damage(slots_of(blocks, 77, 1))
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(data)
     place = f"tensor '{tensor.name}', row 77, block 1: {FAULTS[damage]}"

@@ -68,7 +68,7 @@ def report_of(program: Path, architecture: str, kernel: str) -> dict[str, tuple[
     environment = os.environ | {"SPIKEQUANT_FORCE_ISA": kernel}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = re.findall(r"^(\w+) (\d+) wrong (\d+) ?(.*)$", done.stdout, re.M)
+    lines = re.findall(r"^(\w+) (\d+)(?: valid \d+)? wrong (\d+) ?(.*)$", done.stdout, re.M)
     return {subject: (int(number), int(wrong), rest) for subject, number, wrong, rest in lines}
 
 

@@ -302,9 +302,11 @@ def test_wrong_arguments_never_reach_ggml(library: NativeLibrary, matrix: np.nda
 
 def test_invalid_blocks_are_rejected(library: NativeLibrary, matrix: np.ndarray) -> None:
     packed = library.quantize(TYPE_SPK4, matrix)
-    blocks = blocks_from_bytes(packed).copy()
-    blocks["header"][3, 2] = 0x7FF0
-    assert not library.validate(TYPE_SPK4, blocks.view(np.uint8))
+    assert library.validate(TYPE_SPK4, packed)
+    for place, change in ((0, (0xF0, 0x7F)), (72 + 3, (0xC0,))):  # a header, and a slot of another block
+        damaged = packed.copy()
+        damaged[3, place : place + len(change)] = change
+        assert not library.validate(TYPE_SPK4, damaged)
 
 
 def test_every_path_gives_the_same_product(

@@ -19,7 +19,7 @@ from spikequant_gguf.converter.calibrated import CalibrationOptions, calibration
 from spikequant_gguf.energy.counts import counting, read_counts, total
 from spikequant_gguf.errors import InputError, SpikeQuantError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.format import TYPE_SPK4, blocks_to_bytes
+from spikequant_gguf.format import TYPE_SPK4, blocks_to_bytes, salient_limits, salient_slots
 from spikequant_gguf.ggml_api import mul_mat
 from spikequant_gguf.probe import ProbedModel
 from spikequant_gguf.simulate import packages
@@ -143,7 +143,7 @@ def test_potentials_and_outputs_are_those_of_the_reference_and_the_runtime():
     finite = np.isfinite(y).all(axis=1)
     assert np.isnan(fast[1:3]).all()
     assert np.allclose(fast[finite], y[finite], rtol=1e-5)
-    assert weights.salient == int((blocks["salient"] != 0).sum()) > 0
+    assert weights.salient == int((salient_slots(blocks) != 0).sum()) > 0
 
 
 def test_logits_are_those_of_the_runtime(spike_file):
@@ -303,11 +303,12 @@ def test_codes_at_four_bits_fit_the_format(rotated):
     x, w, moments = correlated(320)
     settings = SpikeSettings(rotated=rotated)
     weights = quantize(w, moments, settings)
-    # Which zero-point a row has shows in its values: some code 0..15 range holds all but two per block.
+    # Which zero-point a row has shows in its values: some code 0..15 range holds all but a few.
+    limits = torch.from_numpy(salient_limits(5))
     for zero_point in range(16):
         codes = weights.values + zero_point
         inside = ((codes >= 0) & (codes <= 15)).view(len(w), -1, 64)
-        fits = ((~inside).sum(dim=-1) <= 2).all(dim=1) & ((codes >= -16) & (codes <= 31)).all(dim=1)
+        fits = ((~inside).sum(dim=-1) <= limits).all(dim=1) & ((codes >= -16) & (codes <= 31)).all(dim=1)
         for row in torch.nonzero(fits)[:, 0].tolist():
             blocks = codec.pack_weights(
                 weights.values[row].int().numpy(), weights.threshold[row, 0].numpy(), zero_point, rotated
@@ -318,6 +319,18 @@ def test_codes_at_four_bits_fit_the_format(rotated):
             w[row] = torch.nan  # seen
     assert w.isnan().all()
     assert weights.salient > 0
+
+
+@pytest.mark.parametrize("gptq", [True, False])
+@pytest.mark.parametrize("most", [0, 1, 3, 4])
+def test_a_block_has_no_more_salient_weights_than_it_may(most, gptq):
+    _, w, moments = correlated(320)
+    w = w + 0.3 * torch.from_numpy(np.random.default_rng(1).standard_t(2, w.shape).astype(np.float32))
+    settings = SpikeSettings(salient_weights=most, weight_zero_point=False)
+    weights = quantize(w, moments, settings, gptq=gptq)
+    outside = ((weights.values < -8) | (weights.values > 7)).view(len(w), 5, 64).sum(dim=-1)
+    assert outside.amax(dim=0).tolist() == [min(most, 2), *[most] * 4]
+    assert weights.salient == int(outside.sum())
 
 
 def test_compensation_beats_rounding_and_more_bits_beat_fewer():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from spikequant_gguf import FormatError, InputError, SpikeQuantError
 from spikequant_gguf import format as f
 from spikequant_gguf.codec import encode_activations, encode_weights
-from spikequant_gguf.format import blocks_to_bytes
+from spikequant_gguf.format import blocks_to_bytes, salient_slots
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.verify import verify_file
 
@@ -44,7 +44,7 @@ def write_model(
     path: Path, metadata: dict | None = None, tensors: dict | None = None, stock: dict | None = None
 ) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (metadata if metadata is not None else {f.KEY_VERSION: 1, **ENCODER}).items():
+    for key, value in (metadata if metadata is not None else {f.KEY_VERSION: 2, **ENCODER}).items():
         if isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, str):
@@ -102,12 +102,12 @@ def only_fault(path: Path):
 def test_valid_file(model):
     report = verify_file(model)
     report.raise_if_faulty()
-    assert report.ok and report.version == 1 and report.warnings == () and report.other_tensors == 1
+    assert report.ok and report.version == 2 and report.warnings == () and report.other_tensors == 1
     assert report.file_bytes == model.stat().st_size and report.path == str(model)
     q, down = report.tensors
     assert (q.name, q.rows, q.inputs, q.bytes, q.rotated) == (Q, 40, 128, 40 * 72, True)
     assert (down.name, down.rows, down.inputs) == (DOWN, 3, 192)
-    assert q.salient_weights == np.count_nonzero(rows(40, 128)["salient"])
+    assert q.salient_weights == np.count_nonzero(salient_slots(rows(40, 128)))
     json.dumps(dataclasses.asdict(report))
 
 
@@ -129,7 +129,7 @@ def test_header_agrees_with_gguf_reader(model):
 def test_not_rotated_and_experts(tmp_path):
     weights = np.random.default_rng(0).standard_normal((4, 3, 64)).astype(np.float32)
     blocks = encode_weights(weights, rotated=False)
-    (tensor,) = verify_file(write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 1}, {"experts": blocks})).tensors
+    (tensor,) = verify_file(write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 2}, {"experts": blocks})).tensors
     assert (tensor.rows, tensor.inputs, tensor.rotated) == (12, 64, False)
 
 
@@ -142,7 +142,7 @@ def test_warnings(tmp_path):
 
 def test_all_metadata_together(tmp_path):
     metadata = {
-        f.KEY_VERSION: 1,
+        f.KEY_VERSION: 2,
         f.KEY_TYPE_NAME: "spk4",
         f.KEY_SALIENCE_THRESHOLD: 2.3,
         f.KEY_SILENCE_THRESHOLD: 0.5,
@@ -157,13 +157,17 @@ def test_all_metadata_together(tmp_path):
 
 
 @pytest.mark.parametrize("row", [0, 17, 39])
-@pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize(
-    "field, data, rule",
+    "block, field, data, rule",
     [
-        (2, b"\xc0", "no valid extension"),
-        (0, b"\x00\x00", "threshold is zero"),
-        (0, b"\xff\xff", "not finite"),
+        (0, 2, b"\xc0", "no valid extension"),
+        (0, 0, b"\x00\x00", "threshold is zero"),
+        (0, 0, b"\xff\xff", "not finite"),
+        (1, 0, b"\xc0", "no valid extension"),
+        (1, 3, b"\xff", "no valid extension"),
+        (1, 0, b"\x3f", "unused salient slot is not zero"),
+        (1, 1, b"\x00\x00\xbf", "before a used one"),
+        (1, 2, b"\x50\x50", "not ascending"),
     ],
 )
 def test_damaged_block(model, row, block, field, data, rule):
@@ -175,8 +179,8 @@ def test_damaged_block(model, row, block, field, data, rule):
 
 def test_rotation_differs_in_a_later_piece(tmp_path):
     blocks = np.repeat(rows(1, 64), 70_000, axis=0)  # 2.4 MiB: several pieces
-    blocks["header"][2**21 // 36 :] |= 0x8000  # from a piece's first row to the end
-    path = write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 1}, {"w": blocks})
+    blocks["header"][2**21 // 36 :, 0] |= 0x8000  # from a piece's first row to the end
+    path = write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 2}, {"w": blocks})
     fault = only_fault(path)
     assert (fault.row, fault.block) == (2**21 // 36, 0) and "rotation" in fault.reason
 
@@ -196,7 +200,7 @@ def test_scales_of_stock_types(tmp_path, kind):
         with np.errstate(all="ignore"):
             if not np.isfinite(gguf.quants.dequantize(damaged, kind)).all():
                 places.append(place)
-        path = write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 1}, {Q: rows(2, 64)}, {"s": (damaged, kind)})
+        path = write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 2}, {Q: rows(2, 64)}, {"s": (damaged, kind)})
         faults = verify_file(path).faults
         if places[-1:] == [place]:
             (fault,) = faults
@@ -390,8 +394,9 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     "metadata, tensor, rule",
     [
-        ({f.KEY_VERSION: 2}, None, "spikequant.version is 2"),
-        ({f.KEY_VERSION: "1"}, None, "spikequant.version is 1"),
+        ({f.KEY_VERSION: 1}, None, "spikequant.version is 1, and this program knows version 2: convert the"),
+        ({f.KEY_VERSION: 3}, None, "spikequant.version is 3"),
+        ({f.KEY_VERSION: "2"}, None, "spikequant.version is 2"),
         ({f.KEY_TYPE_NAME: "spk5"}, None, "spikequant.type_name"),
         ({f.KEY_TYPE_NAME: [1, 2], "split.count": [1, 2]}, None, "spikequant.type_name"),
         ({f.KEY_SALIENCE_THRESHOLD: 7.5}, None, "spikequant.salience_threshold is 7.5"),
@@ -418,12 +423,20 @@ def test_inconsistent_metadata(tmp_path, metadata, tensor, rule):
     assert fault.tensor == tensor and rule in fault.reason
 
 
+def test_data_of_another_version_are_not_judged(tmp_path):
+    blocks = rows(4, 128)
+    blocks["header"][:, 1] = blocks["header"][:, 0]  # as version 1 had it
+    assert "salient" in only_fault(write_model(tmp_path / "b.gguf", {f.KEY_VERSION: 2}, {Q: blocks})).reason
+    fault = only_fault(write_model(tmp_path / "a.gguf", {f.KEY_VERSION: 1}, {Q: blocks}))
+    assert fault.tensor is None and fault.reason.endswith("convert the model again with this program")
+
+
 def test_a_part_of_a_model_may_list_tensors_of_other_parts(tmp_path):
-    metadata = {f.KEY_VERSION: 1, "split.count": 2, **ENCODER}
+    metadata = {f.KEY_VERSION: 2, "split.count": 2, **ENCODER}
     assert verify_file(write_model(tmp_path / "m.gguf", metadata, {Q: rows(2, 64)})).ok
 
 
 def test_activations_cannot_be_stored(tmp_path):
     blocks = encode_activations(np.ones((2, 64)))
-    fault = only_fault(write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 1}, {Q: rows(2, 64), "x": blocks}))
+    fault = only_fault(write_model(tmp_path / "m.gguf", {f.KEY_VERSION: 2}, {Q: rows(2, 64), "x": blocks}))
     assert fault.tensor == "x" and "SPKA" in fault.reason

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import InputError
-from ..format import QK_SPK
+from ..format import QK_SPK, SALIENT_SLOTS
 from ..shapes import LlamaShape
 from .counts import Counts, total
 from .model import by_kind
 
 __all__ = ["Shares", "counts_of_shape", "shares", "shares_by_kind"]
 
-_SALIENT_SLOTS = 2  # bytes per block, read whatever fires
-_HEADER_BYTES = 2
+_HEADER_BYTES = 2  # per row
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Shares:
         inputs = tokens * n_inputs
         spikes = round(inputs * (1 - self.silent))
         salient_spikes = min(spikes, round(inputs * self.salient_spikes))
-        per_product = n_rows * (_HEADER_BYTES + _SALIENT_SLOTS * n_inputs // QK_SPK)
+        per_product = n_rows * (_HEADER_BYTES + SALIENT_SLOTS * n_inputs // QK_SPK)  # whatever fires
         alone = products == tokens  # then only the lines of inputs that fire are read
         codes = spikes * n_rows // 2 if alone else products * n_inputs * n_rows // 2
         return Counts(

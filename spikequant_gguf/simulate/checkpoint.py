@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..format import TYPE_SPK4, blocks_from_bytes
 from ..gguf_header import GGUFHeader, read_header
+from ..verify import verify_file
 from .encoder import SpikeEncoder
 from .experts import SpikeExperts, SpikeRouted
 from .layer import SpikeLinear, SpikeWeights
@@ -58,8 +59,10 @@ def simulate_checkpoint(
         The replaced layers by the names of their tensors.
 
     Raises:
+        FormatError: the data of `spikes` are damaged, or of another version of the format.
         UnsupportedError: a spiking tensor is no linear layer of the model, or has other rows.
     """
+    verify_file(spikes).raise_if_faulty()
     header = read_header(spikes)
     settings = encoder_settings(header)
     blocks = {

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..format import salient_slots
 from ..weights import weight_values, weights_rotated
 from .encoder import SpikeCodes, SpikeEncoder, rotate
 
@@ -40,7 +41,7 @@ class SpikeWeights:
             torch.from_numpy(values).float(),
             torch.from_numpy(threshold)[:, None],
             bool(weights_rotated(blocks).all()),
-            int((blocks["salient"] != 0).sum()),
+            int((salient_slots(blocks) != 0).sum()),
         )
 
     def stored(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..format import QK_SPK
+from ..format import FIRST_BLOCK_SLOTS, QK_SPK
 from ..weights import threshold_on_grid
 from .encoder import rotate
 from .layer import SpikeWeights
@@ -118,13 +118,20 @@ def _quantize_rows(
 
 
 def _largest(w: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` weights of largest magnitude in each block of 64: bool[rows, n]."""
+    """Up to `count` weights of largest magnitude in each block of 64: bool[rows, n]."""
     if not count:
         return torch.zeros_like(w, dtype=torch.bool)
     blocks = w.view(len(w), -1, QK_SPK)
     chosen = torch.zeros_like(blocks, dtype=torch.bool)
-    chosen.scatter_(-1, blocks.abs().topk(count, dim=-1).indices, True)
+    largest = blocks.abs().topk(count, dim=-1).indices
+    chosen.scatter_(-1, largest, True)
+    chosen[:, 0].scatter_(-1, largest[:, 0, _limit(count, 0) :], False)
     return chosen.view(w.shape)
+
+
+def _limit(salient: int, block: int) -> int:
+    """How many weights of a block of a row may be salient."""
+    return min(salient, FIRST_BLOCK_SLOTS) if block == 0 else salient
 
 
 def _search(
@@ -228,8 +235,8 @@ def _descend(
 ) -> None:
     """One sweep of coordinate descent, in place: each value moves to where the loss is least, others fixed.
 
-    A block may have up to `salient` values outside the standard range, whichever want it first. Shapes as of
-    _gptq, without candidates.
+    A block may have up to `salient` values outside the standard range (the first one fewer, see _limit),
+    whichever want it first. Shapes as of _gptq, without candidates.
     """
     errors = values * threshold - columns
     several = len(threshold) > 1
@@ -249,7 +256,7 @@ def _descend(
             wanted = (old - gradient[i] / (within[i, i] * step)).round_()
             new = _clamp(wanted, low, high)
             if salient:
-                room = used - outside[i].int() < salient
+                room = used - outside[i].int() < _limit(salient, first // QK_SPK)
                 new = torch.where(room, _clamp(wanted, low - levels, high + levels), new)
                 used += ((new < low) | (new > high)).int() - outside[i].int()
             values[place] = new

@@ -29,7 +29,7 @@ class SpikeSettings:
         silence: threshold in steps; smaller values do not fire.
         activation_group: inputs that share a step; None: all of a token.
         weight_zero_point: whether rows have zero-points of their own; else all have 2^(bits - 1).
-        salient_weights: per block of 64, at most.
+        salient_weights: per block of 64, at most; never more than 2 in the first block of a row, as in SPK4.
         weight_group: inputs that share a threshold and zero-point; None: whole rows, as in SPK4.
         coding: how codes become spikes: ``ttfs`` fires once per code, ``rate`` once per unit of its size.
 
