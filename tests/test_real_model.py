@@ -53,11 +53,7 @@ def test_known_figure_of_the_reference(real_models: dict[str, Path], data_dir: P
 
 
 def test_spike_model_answers(real_models: dict[str, Path]) -> None:
-    result = generate(
-        real_models["spk4"],
-        "What is the capital of France?",
-        n_predict=24,
-        sampling=Sampling(temperature=0.0),
-    )
-    assert result.chat
-    assert "Paris" in result.text
+    options = {"n_predict": 8, "sampling": Sampling(temperature=0.0)}
+    assert generate(real_models["spk4"], "What is the capital of France?", **options).chat
+    counted = generate(real_models["spk4"], "One, two, three, four,", chat=False, **options)
+    assert "five, six, seven" in counted.text
