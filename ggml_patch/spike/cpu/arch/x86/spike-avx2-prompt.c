@@ -67,22 +67,19 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
     return (uint32_t) (next - list);
 }
 
-// What is subtracted enters as its complement, one too little: the caller adds their number.
+// A single instruction applies a sign to 16 values.
 SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]) {
-    static const int16_t SILENT[SPIKE_TOKEN_LINE];
-    static const int32_t COMPLEMENT[4] = { 0, 0, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
+    static const int32_t SIGNS[4] = { 0, 0x00010001, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
     __m256i sum[4];
     for (int q = 0; q < 4; q++) {
         sum[q] = _mm256_load_si256((const __m256i *) (sums + 16*q));
     }
     for (int k = 0; k < n_blocks; k++) {
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            const unsigned  kind = *salient >> 6;
-            const int16_t * own  = values + (*salient & 63)*SPIKE_TOKEN_LINE;
-            const __m256i * line = (const __m256i *) ((kind ^ kind >> 1) & 1 ? own : SILENT);
-            const __m256i   complement = _mm256_set1_epi32(COMPLEMENT[kind]);
+            const __m256i * line = (const __m256i *) (values + (*salient & 63)*SPIKE_TOKEN_LINE);
+            const __m256i   sign = _mm256_set1_epi32(SIGNS[*salient >> 6]);
             for (int q = 0; q < 4; q++) {
-                sum[q] = _mm256_add_epi16(sum[q], _mm256_xor_si256(_mm256_loadu_si256(line + q), complement));
+                sum[q] = _mm256_add_epi16(sum[q], _mm256_sign_epi16(_mm256_loadu_si256(line + q), sign));
             }
             salient += SPIKE_TILE_ROWS;
         }

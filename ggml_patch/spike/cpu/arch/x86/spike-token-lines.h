@@ -62,40 +62,16 @@ SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_
     }
 }
 
-enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // values and sums of so many stay in the first-level cache
-
-// The weights of so many blocks of a row to its sums, without the ones that subtracting by complements takes too much; the
-// including file has it.
+// The weights of so many blocks of a row to its sums; the including file has it.
 SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
 
-// For each of NEAR_ROWS rows, how many of its salient weights subtract, in all sums of the row.
-static void count_negative(const uint8_t * salients, int64_t n_blocks, int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE]) {
-    const __m128i kind = _mm_set1_epi8((char) 0xC0), subtract = _mm_set1_epi8((char) 0x80);
-    for (int row = 0; row < NEAR_ROWS; row += 16) {
-        __m128i first = _mm_setzero_si128(), second = _mm_setzero_si128(); // minus the counts
-        for (int64_t k = 0; k < n_blocks*SPIKE_SALIENT_SLOTS; k++) {
-            const __m128i salient  = _mm_loadu_si128((const __m128i *) (salients + k*SPIKE_TILE_ROWS + row));
-            const __m128i negative = _mm_cmpeq_epi8(_mm_and_si128(salient, kind), subtract);
-            first  = _mm_add_epi16(first,  _mm_unpacklo_epi8(negative, negative));
-            second = _mm_add_epi16(second, _mm_unpackhi_epi8(negative, negative));
-        }
-        int16_t counts[16];
-        _mm_storeu_si128((__m128i *) counts,       _mm_sub_epi16(_mm_setzero_si128(), first));
-        _mm_storeu_si128((__m128i *) (counts + 8), _mm_sub_epi16(_mm_setzero_si128(), second));
-        for (int r = 0; r < 16; r++) {
-            for (int t = 0; t < SPIKE_TOKEN_LINE; t += 8) {
-                _mm_storeu_si128((__m128i *) (sums[row + r] + t), _mm_set1_epi16(counts[r]));
-            }
-        }
-    }
-}
-
 static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+    enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
     _Alignas(64) int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE];
     for (int row0 = 0; row0 < n_rows; row0 += NEAR_ROWS) {
         const uint8_t * salient = salients + row0;
         const int16_t * value   = values;
-        count_negative(salient, n_blocks, sums);
+        memset(sums, 0, sizeof(sums));
         for (int64_t left = n_blocks; left > 0; left -= NEAR_BLOCKS) {
             for (int row = 0; row < NEAR_ROWS; row++) {
                 if (left >= NEAR_BLOCKS) {
