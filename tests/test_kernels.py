@@ -22,7 +22,7 @@ MAX_BLOCKS = 511  # SPIKE_MAX_TILED_INPUTS / 64
 TRAIN_BYTES = CHUNKS_AT + 4 + 8 * -(-MAX_BLOCKS // 64)  # spike_train
 CLASSES = 2
 LIST_SLACK = 64
-AHEAD_SHIFT, AHEAD_AGAIN = 16, 32
+AHEAD_SHIFT, AHEAD_FIRST = 16, 48
 
 
 class _Ahead(ctypes.Structure):
@@ -114,9 +114,9 @@ class Train:
             for k in range(CLASSES):
                 program = base + TRAIN_BYTES + (chunk * CLASSES + k) * PROGRAM_BYTES
                 arguments = program, offsets.ctypes.data, result[k].ctypes.data
-                runs = np.full(AHEAD_AGAIN + self.max_spikes, lines.ctypes.data, np.uint64)
+                runs = np.full(AHEAD_FIRST + self.max_spikes, lines.ctypes.data, np.uint64)
                 requests = _Ahead(
-                    runs.ctypes.data, LINE, 2 * LINE * (chunk % 2), AHEAD_AGAIN << AHEAD_SHIFT, 3 << 14
+                    runs.ctypes.data, LINE, 2 * LINE * (chunk % 2), AHEAD_FIRST << AHEAD_SHIFT, 3 << 14
                 )
                 where = lines.ctypes.data
                 if half:

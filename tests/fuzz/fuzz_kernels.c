@@ -19,11 +19,11 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
             if (spike_is_half_tile(layout, tile)) {
                 kernel->integrate_half(lines.first, program, scaled, own, NULL);
             } else if (kernel->integrate_ahead && (c & 1)) {
-                const uint8_t * runs[SPIKE_AHEAD_AGAIN + 1]; // always the same one
-                for (int i = 0; i <= SPIKE_AHEAD_AGAIN; i++) {
+                const uint8_t * runs[SPIKE_AHEAD_FIRST + 1]; // always the same one
+                for (int i = 0; i <= SPIKE_AHEAD_FIRST; i++) {
                     runs[i] = lines.first;
                 }
-                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 0 };
+                spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_FIRST << SPIKE_AHEAD_SHIFT, 0 };
                 kernel->integrate_ahead(lines.first, 1, program, scaled, own, 0, &ahead);
             } else {
                 kernel->integrate(lines.first, program, scaled, own);

@@ -43,12 +43,12 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
             // with the neighbours on both sides, as far as the strip has any
             const int64_t before = !half && tile % SPIKE_STRIP_TILES > 0, after = tile + 1 < spike_end_of_strip(layout, tile);
             // a run for every few places, and not one more
-            const int64_t n_runs = SPIKE_AHEAD_AGAIN + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
+            const int64_t n_runs = SPIKE_AHEAD_FIRST + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
             const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));
             for (int64_t i = 0; i < n_runs; i++) {
                 runs[i] = lines.first;
             }
-            spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_AGAIN << SPIKE_AHEAD_SHIFT, 1 << SPIKE_AHEAD_SHIFT };
+            spike_ahead ahead = { runs, 2*SPIKE_LINE_BYTES, tile % 2 ? 4*SPIKE_LINE_BYTES : 0, SPIKE_AHEAD_FIRST << SPIKE_AHEAD_SHIFT, 1 << SPIKE_AHEAD_SHIFT };
             if (half) {
                 kernels->integrate_half(gathered ? copied : lines.first, program, gathered ? offsets : scaled, own, requests ? &ahead : NULL);
             } else if (requests) {

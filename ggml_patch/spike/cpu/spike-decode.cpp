@@ -15,7 +15,7 @@ namespace spike {
 namespace {
 
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
-constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_AGAIN + 4*MAX_STAGE_RUNS; // few, so that the list stays near
+constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_FIRST + 4*MAX_STAGE_RUNS; // few, so that the list stays near
 constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
 // Tiles that a thread computes together: neighbours in a strip, and a matrix's half tile with the last of them.
@@ -114,8 +114,8 @@ class request_list {
 
     // For an empty list: so many places that nobody requests for the first time.
     void begin_with(const uint8_t * line) {
-        std::fill(runs, runs + SPIKE_AHEAD_AGAIN, line);
-        begin = end = SPIKE_AHEAD_AGAIN;
+        std::fill(runs, runs + SPIKE_AHEAD_FIRST, line);
+        begin = end = SPIKE_AHEAD_FIRST;
     }
 
     // What is on the list is there.
@@ -124,7 +124,7 @@ class request_list {
     // Room for a stage, behind the runs that are still to be requested, for the first time or again.
     void make_room() {
         if (end + 2*MAX_STAGE_RUNS > MAX_RUNS) {
-            const uint32_t done = begin - SPIKE_AHEAD_AGAIN;
+            const uint32_t done = begin - SPIKE_AHEAD_FIRST;
             memmove(runs, runs + done, (end - done)*sizeof(*runs));
             begin  -= done;
             end    -= done;
@@ -186,7 +186,8 @@ class request_list {
     void finish(const spike_ahead & ahead) {
         begin = std::max(begin, std::min(target, ahead.position >> SPIKE_AHEAD_SHIFT));
         for (; begin < target; begin++) {
-            for (const uint8_t * run : { runs[begin], runs[begin - SPIKE_AHEAD_AGAIN] }) {
+            for (uint32_t time = 0; time < SPIKE_AHEAD_TIMES; time++) {
+                const uint8_t * run = runs[begin - time*SPIKE_AHEAD_AGAIN];
                 for (const uint8_t * pair : { run, run + second_pair(), run + third_pair() }) { // a third of 0: the first again
                     prefetch(pair);
                     prefetch(pair + SPIKE_LINE_BYTES);

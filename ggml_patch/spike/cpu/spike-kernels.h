@@ -12,13 +12,15 @@ extern "C" {
 
 // Lines to prefetch while something else computes: a position that moves on by a fraction of a place each time, so that
 // the requests are spread evenly. The memory system drops some all the same, wherever they come faster than it reads;
-// so every line is requested again, SPIKE_AHEAD_AGAIN places later.
+// so every line is requested SPIKE_AHEAD_TIMES times, SPIKE_AHEAD_AGAIN places apart.
 #define SPIKE_AHEAD_SHIFT 16
-#define SPIKE_AHEAD_AGAIN 32
+#define SPIKE_AHEAD_TIMES 4
+#define SPIKE_AHEAD_AGAIN 16
+#define SPIKE_AHEAD_FIRST (SPIKE_AHEAD_AGAIN*(SPIKE_AHEAD_TIMES - 1)) // the first place of a list, so that none lies before it
 typedef struct {
     const uint8_t * const * runs; // each of four or six lines: two at the address, two at `second` bytes from there, two at `third`
     size_t                  second, third; // third 0: four
-    uint32_t                position; // of the next run, times 2^SPIKE_AHEAD_SHIFT; from SPIKE_AHEAD_AGAIN places on
+    uint32_t                position; // of the next run, times 2^SPIKE_AHEAD_SHIFT; from SPIKE_AHEAD_FIRST places on
     uint32_t                step;     // for every SPIKE_LIST_UNIT spikes
 } spike_ahead;
 

@@ -21,11 +21,12 @@ SPIKE_INLINE void prefetch_run(const uint8_t * run, const spike_ahead * ahead, i
     }
 }
 
-// A run for the first time, and one again.
+// A run for the first time, and others again.
 SPIKE_INLINE void request(spike_ahead * ahead, int pairs) {
     const uint8_t * const * next = ahead->runs + (ahead->position >> SPIKE_AHEAD_SHIFT);
-    prefetch_run(next[0], ahead, pairs);
-    prefetch_run(next[-SPIKE_AHEAD_AGAIN], ahead, pairs);
+    for (int time = 0; time < SPIKE_AHEAD_TIMES; time++) {
+        prefetch_run(next[-time*SPIKE_AHEAD_AGAIN], ahead, pairs);
+    }
     ahead->position += ahead->step;
     KEEP_SUM(ahead->position);
 }
