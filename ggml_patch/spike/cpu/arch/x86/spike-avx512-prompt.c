@@ -67,158 +67,158 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
 // ---- salient weights
 
 enum {
-    HALF_ROWS = SPIKE_HALF_TILE, // a vector of bytes
-    TOKENS_TOGETHER = 2,         // that share the reading of weights
-    BLOCKS_PER_BYTE_SUM = 128/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE), // of values and their complements, -16..15
+    TOKENS_TOGETHER = 4, // that share the reading of weights
     BLOCKS_AT_A_TIME = 64,
+    MIDDLE = SPIKE_MAX_MAGNITUDE,                       // what is added to values, so that bytes hold them without a sign
+    HIGHEST = 2*MIDDLE - 1,                             // value
+    BLOCKS_PER_BYTE_SUM = UINT8_MAX/(SPIKE_SALIENT_SLOTS*HIGHEST),
+    MIDDLE_OF_BLOCK = SPIKE_SALIENT_SLOTS*MIDDLE,       // the same for the sum of a block's coarse values
 };
 
-// The salient weights of some blocks, in which rows there is one, and how many of them subtract.
+// The salient weights of half a tile in some blocks, and in which rows there is one. A weight that adds contributes MIDDLE
+// too much to its row, one that subtracts MIDDLE - 1.
 typedef struct {
     int64_t         first, n;
     const uint8_t * salients;
-    __mmask64       present[BLOCKS_AT_A_TIME][SPIKE_SALIENT_SLOTS][2];
-    __m512i         n_negative[4]; // 16 bits for each row
-} salient_blocks;
+    __mmask64       present[BLOCKS_AT_A_TIME][SPIKE_SALIENT_SLOTS];
+    lanes512        excess; // of all blocks
+} salient_rows;
 
-SPIKE_INLINE __m512i weights_of(const salient_blocks * of, int64_t block, int slot, int half) {
-    return _mm512_loadu_si512(of->salients + (block*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS + half*HALF_ROWS);
+SPIKE_INLINE __m512i weights_of(const salient_rows * of, int64_t block, int slot) {
+    return _mm512_loadu_si512(of->salients + (block*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS);
 }
 
-static void find_present(salient_blocks * of, int halves) {
-    of->n_negative[0] = of->n_negative[1] = of->n_negative[2] = of->n_negative[3] = _mm512_setzero_si512();
+// 16-bit sums of even and odd rows, of what widen512 has made of bytes.
+SPIKE_INLINE lanes512 rows_of(lanes512 sum, lanes512 excess) {
+    const lanes512 rows = {
+        _mm512_sub_epi16(_mm512_sub_epi16(sum.even, _mm512_slli_epi16(sum.odd, 8)), excess.even),
+        _mm512_sub_epi16(sum.odd, excess.odd),
+    };
+    return rows;
+}
+
+static void find_present(salient_rows * of) {
+    const lanes512 none = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    lanes512 sum = none;
     for (int64_t b = 0; b < of->n; b++) {
+        __m512i excess = _mm512_setzero_si512();
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            for (int half = 0; half < halves; half++) {
-                // bits 7-6 are 01 to add and 10 to subtract
-                const __m512i   weights  = weights_of(of, b, slot, half);
-                const __mmask64 present  = _mm512_movepi8_mask(_mm512_add_epi8(weights, _mm512_set1_epi8(0x40)));
-                const __mmask64 negative = present & _mm512_movepi8_mask(weights);
-                of->present[b][slot][half] = present;
-                __m512i * count = of->n_negative + 2*half;
-                count[0] = _mm512_sub_epi16(count[0], _mm512_movm_epi16((__mmask32) negative));
-                count[1] = _mm512_sub_epi16(count[1], _mm512_movm_epi16((__mmask32) (negative >> 32)));
-            }
+            // bits 7-6 are 01 to add and 10 to subtract
+            const __m512i   weights = weights_of(of, b, slot);
+            const __mmask64 present = _mm512_movepi8_mask(_mm512_add_epi8(weights, _mm512_set1_epi8(0x40)));
+            const __m512i   own     = _mm512_maskz_mov_epi8(present, _mm512_set1_epi8(MIDDLE));
+            of->present[b][slot] = present;
+            excess = _mm512_add_epi8(excess, _mm512_mask_sub_epi8(own, present & _mm512_movepi8_mask(weights), own, _mm512_set1_epi8(1)));
         }
+        widen512(excess, false, &sum);
     }
+    of->excess = rows_of(sum, none);
 }
 
-// The values that a block's salient weights point at to the sums of each token; bit 6 of a weight tells the sign. With
-// complements, what is subtracted enters as its complement, one too little, so that bytes hold the sums of more blocks.
-SPIKE_INLINE void look_up(const salient_blocks * of, int64_t block, int halves, bool complements, int n_tokens, const int8_t * const values[],
-                          __m512i sums[][2]) {
-    __m512i plus[TOKENS_TOGETHER], minus[TOKENS_TOGETHER];
-    for (int t = 0; t < n_tokens; t++) {
-        plus[t]  = _mm512_loadu_si512(values[t] + block*QK_SPK);
-        minus[t] = complements ? _mm512_xor_si512(plus[t], _mm512_set1_epi8(-1)) : _mm512_sub_epi8(_mm512_setzero_si512(), plus[t]);
-    }
+// The values that a block's salient weights point at, plus and minus (bit 6 of a weight tells which), to the sums of each token.
+SPIKE_INLINE void look_up(const salient_rows * of, int64_t block, int n_tokens, const __m512i plus[], const __m512i minus[], __m512i sums[]) {
     for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-        for (int half = 0; half < halves; half++) {
-            const __m512i   weights = weights_of(of, block, slot, half);
-            const __mmask64 present = of->present[block][slot][half];
-            for (int t = 0; t < n_tokens; t++) {
-                sums[t][half] = _mm512_add_epi8(sums[t][half], _mm512_maskz_permutex2var_epi8(present, minus[t], weights, plus[t]));
-            }
+        const __m512i   weights = weights_of(of, block, slot);
+        const __mmask64 present = of->present[block][slot];
+        for (int t = 0; t < n_tokens; t++) {
+            sums[t] = _mm512_add_epi8(sums[t], _mm512_maskz_permutex2var_epi8(present, minus[t], weights, plus[t]));
+            __asm__("" : "+v"(sums[t])); // or the compiler looks all values up before it adds any, and runs out of registers
         }
-    }
-}
-
-// Sums in bytes to 16 bits: the first and the second 32 rows of each half.
-SPIKE_INLINE void widen_bytes(const __m512i bytes[2], int halves, __m512i sums[4]) {
-    for (int half = 0; half < halves; half++) {
-        sums[2*half]     = _mm512_add_epi16(sums[2*half],     _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes[half])));
-        sums[2*half + 1] = _mm512_add_epi16(sums[2*half + 1], _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes[half], 1)));
-    }
-}
-
-SPIKE_INLINE void to_potential(const __m512i sums[4], int halves, int shift, int32_t * potential) {
-    const __m128i count = _mm_cvtsi32_si128(shift);
-    for (int i = 0; i < 2*halves; i++) {
-        accumulate16(potential + 32*i,      _mm512_castsi512_si256(sums[i]),      count);
-        accumulate16(potential + 32*i + 16, _mm512_extracti64x4_epi64(sums[i], 1), count);
     }
 }
 
 // Up to BLOCKS_PER_BYTE_SUM blocks. after: tokens whose values are brought near meanwhile.
-SPIKE_INLINE void add_group_of_blocks(const salient_blocks * of, int64_t block, int n, int halves, int n_tokens, const int8_t * const values[],
-                                      const int8_t * const after[], __m512i sums[][4]) {
-    __m512i bytes[TOKENS_TOGETHER][2];
+SPIKE_INLINE void add_fine_blocks(const salient_rows * of, int64_t block, int n, int n_tokens, const int8_t * const values[],
+                                  const int8_t * const after[], lanes512 sums[]) {
+    __m512i bytes[TOKENS_TOGETHER], plus[TOKENS_TOGETHER], minus[TOKENS_TOGETHER];
     for (int t = 0; t < n_tokens; t++) {
-        bytes[t][0] = bytes[t][1] = _mm512_setzero_si512();
+        bytes[t] = _mm512_setzero_si512();
     }
-    for (int b = 0; b < n; b++) {
+    for (int64_t b = block; b < block + n; b++) {
         for (int t = 0; t < n_tokens; t++) {
-            _mm_prefetch((const char *) (after[t] + (block + b)*QK_SPK), _MM_HINT_T0);
+            _mm_prefetch((const char *) (after[t] + b*QK_SPK), _MM_HINT_T0);
+            plus[t]  = _mm512_add_epi8(_mm512_loadu_si512(values[t] + b*QK_SPK), _mm512_set1_epi8(MIDDLE));
+            minus[t] = _mm512_xor_si512(plus[t], _mm512_set1_epi8(HIGHEST)); // of a value v: -v - 1, as far from the middle
         }
-        look_up(of, block + b, halves, true, n_tokens, values, bytes);
+        look_up(of, b, n_tokens, plus, minus, bytes);
     }
     for (int t = 0; t < n_tokens; t++) {
-        widen_bytes(bytes[t], halves, sums[t]);
+        widen512(bytes[t], false, &sums[t]);
     }
 }
 
-SPIKE_INLINE void add_fine(const salient_blocks * of, int halves, int n_tokens, const spike_salient_token * tokens, const spike_salient_token * next) {
-    __m512i sums[TOKENS_TOGETHER][4];
-    const int8_t * values[TOKENS_TOGETHER], * after[TOKENS_TOGETHER];
+// Few blocks have coarse values. Returns their 16-bit sums.
+static lanes512 coarse_rows(const salient_rows * of, const spike_salient_token * token) {
+    const int8_t * values = token->coarse + of->first*QK_SPK;
+    uint64_t left = token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
+    const __m512i excess = _mm512_set1_epi16((short) (MIDDLE_OF_BLOCK*__builtin_popcountll(left)));
+    lanes512 sum = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    for (; left; left &= left - 1) {
+        const int64_t block = __builtin_ctzll(left);
+        const __m512i plus  = _mm512_loadu_si512(values + block*QK_SPK);
+        const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
+        __m512i bytes = _mm512_set1_epi8(MIDDLE_OF_BLOCK);
+        look_up(of, block, 1, &plus, &minus, &bytes);
+        widen512(bytes, false, &sum);
+    }
+    const lanes512 both = { excess, excess };
+    return rows_of(sum, both);
+}
+
+SPIKE_INLINE bool has_coarse(const salient_rows * of, const spike_salient_token * token) {
+    return token->coarse && token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
+}
+
+SPIKE_INLINE void add_rows_to_potential(const salient_rows * of, const spike_salient_token * token, lanes512 rows, int32_t * potential) {
+    if (has_coarse(of, token)) {
+        const lanes512 coarse = coarse_rows(of, token);
+        if (BLOCKS_AT_A_TIME*MIDDLE_OF_BLOCK*(1 + (1 << token->shift)) <= INT16_MAX) { // both fit 16 bits together
+            const __m128i shift = _mm_cvtsi32_si128(token->shift);
+            rows.even = _mm512_add_epi16(rows.even, _mm512_sll_epi16(coarse.even, shift));
+            rows.odd  = _mm512_add_epi16(rows.odd,  _mm512_sll_epi16(coarse.odd,  shift));
+        } else {
+            accumulate_rows512(coarse.even, coarse.odd, _mm_cvtsi32_si128(4 + token->shift), potential);
+        }
+    }
+    accumulate_rows512(rows.even, rows.odd, _mm_cvtsi32_si128(4), potential);
+}
+
+// first_row: of the tile. n_tokens is known when this is compiled.
+SPIKE_INLINE void add_tokens(const salient_rows * of, int first_row, int n_tokens, const spike_salient_token * tokens, const spike_salient_token * after) {
+    const int8_t * values[TOKENS_TOGETHER], * coming[TOKENS_TOGETHER];
+    lanes512 sums[TOKENS_TOGETHER];
     for (int t = 0; t < n_tokens; t++) {
         values[t] = tokens[t].fine + of->first*QK_SPK;
-        after[t]  = next[t].fine + of->first*QK_SPK;
-        for (int i = 0; i < 4; i++) {
-            sums[t][i] = of->n_negative[i];
-        }
+        coming[t] = after[t].fine + of->first*QK_SPK;
+        sums[t].even = sums[t].odd = _mm512_setzero_si512();
     }
     int64_t b = 0;
     for (; b + BLOCKS_PER_BYTE_SUM <= of->n; b += BLOCKS_PER_BYTE_SUM) {
-        add_group_of_blocks(of, b, BLOCKS_PER_BYTE_SUM, halves, n_tokens, values, after, sums);
+        add_fine_blocks(of, b, BLOCKS_PER_BYTE_SUM, n_tokens, values, coming, sums);
     }
     for (; b < of->n; b++) {
-        add_group_of_blocks(of, b, 1, halves, n_tokens, values, after, sums);
+        add_fine_blocks(of, b, 1, n_tokens, values, coming, sums);
     }
     for (int t = 0; t < n_tokens; t++) {
-        to_potential(sums[t], halves, 4, tokens[t].potential);
-    }
-}
-
-// Few blocks have coarse values.
-SPIKE_INLINE void add_coarse(const salient_blocks * of, int halves, const spike_salient_token * token) {
-    const int8_t * values[1] = { token->coarse + of->first*QK_SPK };
-    uint64_t left = token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
-    __m512i sums[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
-    for (; left; left &= left - 1) {
-        __m512i bytes[1][2] = { { _mm512_setzero_si512(), _mm512_setzero_si512() } };
-        look_up(of, __builtin_ctzll(left), halves, false, 1, values, bytes);
-        widen_bytes(bytes[0], halves, sums);
-    }
-    to_potential(sums, halves, 4 + token->shift, token->potential);
-}
-
-SPIKE_INLINE void add_blocks(const salient_blocks * of, int halves, const spike_salient_token * tokens, int64_t n_tokens) {
-    int64_t t = 0;
-    for (; t + TOKENS_TOGETHER <= n_tokens; t += TOKENS_TOGETHER) {
-        const int64_t after = t + 2*TOKENS_TOGETHER <= n_tokens ? t + TOKENS_TOGETHER : t;
-        add_fine(of, halves, TOKENS_TOGETHER, tokens + t, tokens + after);
-    }
-    for (; t < n_tokens; t++) {
-        add_fine(of, halves, 1, tokens + t, tokens + t);
-    }
-    for (t = 0; t < n_tokens; t++) {
-        if (tokens[t].coarse && tokens[t].coarse_blocks[of->first/BLOCKS_AT_A_TIME]) {
-            add_coarse(of, halves, tokens + t);
-        }
+        add_rows_to_potential(of, tokens + t, rows_of(sums[t], of->excess), tokens[t].potential + first_row);
     }
 }
 
 static void add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens) {
-    salient_blocks of = { 0 };
-    for (; of.first < n_blocks; of.first += of.n) {
-        of.n        = n_blocks - of.first < BLOCKS_AT_A_TIME ? n_blocks - of.first : BLOCKS_AT_A_TIME;
-        of.salients = salients + of.first*(SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS);
-        if (n_rows > HALF_ROWS) {
-            find_present(&of, 2);
-            add_blocks(&of, 2, tokens, n_tokens);
-        } else {
-            find_present(&of, 1);
-            add_blocks(&of, 1, tokens, n_tokens);
+    salient_rows of;
+    for (of.first = 0; of.first < n_blocks; of.first += of.n) {
+        of.n = n_blocks - of.first < BLOCKS_AT_A_TIME ? n_blocks - of.first : BLOCKS_AT_A_TIME;
+        for (int row = 0; row < n_rows; row += SPIKE_HALF_TILE) {
+            of.salients = salients + of.first*(SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS) + row;
+            find_present(&of);
+            int64_t t = 0;
+            for (; t + TOKENS_TOGETHER <= n_tokens; t += TOKENS_TOGETHER) {
+                const int64_t after = t + 2*TOKENS_TOGETHER <= n_tokens ? t + TOKENS_TOGETHER : t;
+                add_tokens(&of, row, TOKENS_TOGETHER, tokens + t, tokens + after);
+            }
+            for (; t < n_tokens; t++) {
+                add_tokens(&of, row, 1, tokens + t, tokens + t);
+            }
         }
     }
 }

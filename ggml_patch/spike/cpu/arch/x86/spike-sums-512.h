@@ -57,18 +57,21 @@ SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift)
     _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_sll_epi32(_mm512_cvtepi16_epi32(sums), shift)));
 }
 
-// 64 rows, even and odd ones apart, to 32 bits.
-SPIKE_INLINE void spill_lanes512(lanes512 * sum, __m512i correction, __m128i shift, int32_t * potential) {
-    const __m512i e = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
-    const __m512i o = _mm512_sub_epi16(sum->odd, correction);
-    const __m512i lo = _mm512_unpacklo_epi16(e, o); // rows 0-7, 16-23, 32-39, 48-55
-    const __m512i hi = _mm512_unpackhi_epi16(e, o); // rows 8-15, 24-31, 40-47, 56-63
+// 16-bit sums of 64 rows, even and odd ones apart, to 32 bits.
+SPIKE_INLINE void accumulate_rows512(__m512i even, __m512i odd, __m128i shift, int32_t * potential) {
+    const __m512i lo = _mm512_unpacklo_epi16(even, odd); // rows 0-7, 16-23, 32-39, 48-55
+    const __m512i hi = _mm512_unpackhi_epi16(even, odd); // rows 8-15, 24-31, 40-47, 56-63
     const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
     const __m512i second_half = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
     accumulate16(potential,      _mm512_castsi512_si256(first_half), shift);
     accumulate16(potential + 16, _mm512_extracti64x4_epi64(first_half, 1), shift);
     accumulate16(potential + 32, _mm512_castsi512_si256(second_half), shift);
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1), shift);
+}
+
+SPIKE_INLINE void spill_lanes512(lanes512 * sum, __m512i correction, __m128i shift, int32_t * potential) {
+    const __m512i even = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
+    accumulate_rows512(even, _mm512_sub_epi16(sum->odd, correction), shift, potential);
     sum->even = sum->odd = _mm512_setzero_si512();
 }
 
