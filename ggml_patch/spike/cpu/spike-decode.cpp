@@ -104,19 +104,21 @@ struct next_product {
     }
 };
 
-// Requests of lines in the order in which they will be needed, in runs of four lines side by side, or six: so that there are no
-// more of them than requests while the lines of as many inputs are added, one for every four. A thread with fewer tiles
-// requests as many as it has, some of them twice; two at least.
+// Requests of lines in the order in which they will be needed, in runs of four or six lines side by side: so that there
+// are no more of them than requests while the lines of as many inputs are added, one for every four. What is left then comes in
+// one burst, which costs more than all the others.
 class request_list {
   public:
-    request_list(const uint8_t ** runs, int64_t n_tiles) :
-        runs(runs), lines_of_run(std::min<int64_t>(std::max<int64_t>(n_tiles, 2), n_tiles % 4 == 0 ? 4 : 6)) {}
+    explicit request_list(const uint8_t ** runs) : runs(runs) {}
 
     // For an empty list: so many places that nobody requests for the first time.
     void begin_with(const uint8_t * line) {
         std::fill(runs, runs + SPIKE_AHEAD_FIRST, line);
         begin = end = SPIKE_AHEAD_FIRST;
     }
+
+    // What is appended next is another stage's.
+    void next_stage() { due_lines_of_run = lines_of_run; }
 
     // What is on the list is there.
     void skip() { begin = end; }
@@ -131,14 +133,20 @@ class request_list {
         }
     }
 
-    // The lines of whole tiles for some inputs; input_at(e): which one is the e-th. The last runs of an input overlap rather than
-    // reach beyond it.
+    // The lines of whole tiles for some inputs, of those from `first` to `last`; input_at(e): which one is the e-th. The last runs of
+    // an input overlap rather than reach beyond it. The lines of a narrow strip are so close that silent inputs' come along.
     template <typename F>
-    void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t n_inputs, F input_at) {
+    void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t first_input, int64_t end_input,
+                      int64_t n_inputs, F input_at) {
+        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
+        lines_of_run = lines.stride < 4*SPIKE_LINE_BYTES ? 4 : std::min<int64_t>(std::max<int64_t>(group.n_whole, 2), group.n_whole % 4 == 0 ? 4 : 6);
         if (group.n_whole == 0) {
             return;
         }
-        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
+        if (lines.stride < 4*SPIKE_LINE_BYTES) {
+            append_bytes(lines.first + (size_t) first_input*lines.stride, (end_input - first_input)*(int64_t) lines.stride);
+            return;
+        }
         const int64_t  n_runs = (group.n_whole + lines_of_run - 1)/lines_of_run;
         const int64_t  last   = std::max<int64_t>(group.n_whole - lines_of_run, 0)*SPIKE_LINE_BYTES;
         const int64_t  n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
@@ -199,11 +207,11 @@ class request_list {
     uint32_t size() const { return end; }
 
   private:
-    size_t second_pair() const { return (size_t) std::min<int64_t>(lines_of_run - 2, 2)*SPIKE_LINE_BYTES; }
-    size_t third_pair() const { return lines_of_run > 4 ? (size_t) (lines_of_run - 2)*SPIKE_LINE_BYTES : 0; }
+    size_t second_pair() const { return (size_t) std::min<int64_t>(due_lines_of_run - 2, 2)*SPIKE_LINE_BYTES; }
+    size_t third_pair() const { return due_lines_of_run > 4 ? (size_t) (due_lines_of_run - 2)*SPIKE_LINE_BYTES : 0; }
 
     const uint8_t ** runs;
-    const int64_t    lines_of_run;
+    int64_t          lines_of_run = 4, due_lines_of_run = 4; // of the stage that is appended, and of the one before it
     uint32_t         begin = 0, end = 0, target = 0; // what is to be requested
 };
 
@@ -212,8 +220,7 @@ class stage_list {
   public:
     stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, const share & own, const next_product & after,
                const uint8_t ** runs) :
-        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs, own.group_at(own.first_tile).n_whole),
-        group(own.group_at(own.first_tile)) {}
+        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs), group(own.group_at(own.first_tile)) {}
 
     void start() {
         const tile_group first = own.group_at(own.first_tile);
@@ -240,15 +247,17 @@ class stage_list {
 
   private:
     void append_stage() {
+        requests.next_stage();
         if (group.first_tile >= own.end_tile) {
             append_next_product();
             return;
         }
         uint32_t n_active;
         const int64_t    first  = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
+        const int64_t    end    = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk + 1);
         const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
-        requests.append_lines(layout, packed, group, n_active, [&](int64_t e) { return active[e]; });
-        requests.append_half(layout, packed, group, first, spike_chunk_start(layout.n_inputs, train->n_chunks, chunk));
+        requests.append_lines(layout, packed, group, first, end, n_active, [&](int64_t e) { return active[e]; });
+        requests.append_half(layout, packed, group, first, end);
         append_salients();
         if (chunk == train->n_chunks) {
             group = own.group_at(group.first_tile + group.n_tiles());
@@ -266,7 +275,7 @@ class stage_list {
 
     void append_next_product() {
         if (after.group.n_tiles() > 0 && !appended_next) {
-            requests.append_lines(after.layout, after.packed, after.group, after.n_inputs, [](int64_t e) { return e; });
+            requests.append_lines(after.layout, after.packed, after.group, 0, after.n_inputs, after.n_inputs, [](int64_t e) { return e; });
             requests.append_half(after.layout, after.packed, after.group, 0, after.n_inputs);
             appended_next = true;
         }
