@@ -16,7 +16,6 @@ namespace {
 
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_FIRST + 4*MAX_STAGE_RUNS; // few, so that the list stays near
-constexpr int64_t  ROW_OF_RUNS    = SPIKE_STRIP_TILES/4;
 
 // Tiles that a thread computes together: neighbours in a strip, and a matrix's half tile with the last of them.
 struct tile_group {
@@ -40,7 +39,7 @@ struct decode_scratch {
         arrays.take(potential, (SPIKE_STRIP_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
         arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
         arrays.take(half_offsets, spike_max_spikes(n_inputs, n_chunks));
-        arrays.take(runs, MAX_RUNS + ROW_OF_RUNS);
+        arrays.take(runs, MAX_RUNS);
         size = arrays.size();
     }
 };
@@ -150,16 +149,13 @@ class request_list {
         const int64_t  n_runs = (group.n_whole + lines_of_run - 1)/lines_of_run;
         const int64_t  last   = std::max<int64_t>(group.n_whole - lines_of_run, 0)*SPIKE_LINE_BYTES;
         const int64_t  n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
-        const uint8_t ** list = runs + end;
-        for (int64_t e = 0; e < n; e++) {
-            const uint8_t * line = lines.first + (size_t) input_at(e)*lines.stride;
-            for (int64_t k = 0; k < ROW_OF_RUNS; k++) { // a whole vector; the next input overwrites what is too much
-                list[k] = line + k*lines_of_run*SPIKE_LINE_BYTES;
-            }
-            list[n_runs - 1] = line + last;
-            list += n_runs;
+        switch (n_runs) {
+            case 1: list_runs<1>(lines, last, n, input_at); break;
+            case 2: list_runs<2>(lines, last, n, input_at); break;
+            case 3: list_runs<3>(lines, last, n, input_at); break;
+            case 4: list_runs<4>(lines, last, n, input_at); break;
+            default: GGML_ABORT("a strip has %d tiles at most", SPIKE_STRIP_TILES);
         }
-        end += (uint32_t) (n*n_runs);
     }
 
     // All lines of a half tile from one input to another: two share a cache line, and hardly ever are both silent.
@@ -207,6 +203,23 @@ class request_list {
     uint32_t size() const { return end; }
 
   private:
+    // So many runs for each input, the last one `last` bytes behind the first; with loops of known length, one vector for an input.
+    template <int N_RUNS, typename F>
+    void list_runs(const spike_tile_lines & lines, int64_t last, int64_t n_inputs, F input_at) {
+        int64_t place[N_RUNS];
+        for (int k = 0; k < N_RUNS; k++) {
+            place[k] = k + 1 < N_RUNS ? k*lines_of_run*SPIKE_LINE_BYTES : last;
+        }
+        const uint8_t ** list = runs + end;
+        for (int64_t e = 0; e < n_inputs; e++) {
+            const uint8_t * line = lines.first + (size_t) input_at(e)*lines.stride;
+            for (int k = 0; k < N_RUNS; k++) {
+                list[e*N_RUNS + k] = line + place[k];
+            }
+        }
+        end += (uint32_t) (n_inputs*N_RUNS);
+    }
+
     size_t second_pair() const { return (size_t) std::min<int64_t>(due_lines_of_run - 2, 2)*SPIKE_LINE_BYTES; }
     size_t third_pair() const { return due_lines_of_run > 4 ? (size_t) (due_lines_of_run - 2)*SPIKE_LINE_BYTES : 0; }
 
