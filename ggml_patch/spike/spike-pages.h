@@ -16,6 +16,8 @@ static inline void spike_give_up_pages(const void * data, size_t size) {
     const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
     const uintptr_t begin = ((uintptr_t) data + page - 1)/page*page, end = ((uintptr_t) data + size)/page*page;
     if (begin < end) {
+        // A file that lies in the cache in huge pages would come back with the next small tensor beside it, 2 MB at a time.
+        madvise((void *) begin, end - begin, MADV_NOHUGEPAGE);
         madvise((void *) begin, end - begin, MADV_DONTNEED); // refused for locked pages, which then stay
     }
 #else
