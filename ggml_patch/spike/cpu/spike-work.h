@@ -28,6 +28,17 @@ inline void bring_near(const void * memory, size_t size) {
 #endif
 }
 
+// The same for what it will soon overwrite.
+inline void bring_near_to_write(const void * memory, size_t size) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < size; i += ALIGNMENT) {
+        __builtin_prefetch((const char *) memory + i, 1, 2);
+    }
+#else
+    (void) memory, (void) size;
+#endif
+}
+
 work_layout layout_work(const ggml_tensor * op, int n_threads);
 
 // How many chunks the spike trains of an operation's inputs have.
