@@ -132,8 +132,8 @@ class request_list {
         }
     }
 
-    // The lines of whole tiles for some inputs, of those from `first` to `last`; input_at(e): which one is the e-th. The last runs of
-    // an input overlap rather than reach beyond it. The lines of a narrow strip are so close that silent inputs' come along.
+    // The lines of whole tiles for n_inputs of the inputs from first_input to end_input; input_at(e): which one is the e-th. The last
+    // runs of an input overlap rather than reach beyond it. In a narrow strip lines are so close that those of silent inputs come along.
     template <typename F>
     void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t first_input, int64_t end_input,
                       int64_t n_inputs, F input_at) {
