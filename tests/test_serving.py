@@ -89,7 +89,8 @@ def test_streamed_chat_is_the_same_text(client: openai.OpenAI) -> None:
         for chunk in client.chat.completions.create(**options, stream=True)
     ]
     # llama-cpp-python leaves a last character out whose bytes are several tokens
-    assert "".join(parts) in (whole, whole[:-1]) and len(parts) > 2
+    cut = whole if whole[-1:].isascii() else whole[:-1]
+    assert "".join(parts) in (whole, cut) and len(parts) > 2
 
 
 def test_completion(client: openai.OpenAI) -> None:
