@@ -138,11 +138,12 @@ class request_list {
     void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t first_input, int64_t end_input,
                       int64_t n_inputs, F input_at) {
         const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
-        lines_of_run = lines.stride < 4*SPIKE_LINE_BYTES ? 4 : std::min<int64_t>(std::max<int64_t>(group.n_whole, 2), group.n_whole % 4 == 0 ? 4 : 6);
+        const bool narrow = lines.stride < 4*SPIKE_LINE_BYTES;
+        lines_of_run = narrow ? 4 : std::min<int64_t>(std::max<int64_t>(group.n_whole, 2), group.n_whole % 4 == 0 ? 4 : 6);
         if (group.n_whole == 0) {
             return;
         }
-        if (lines.stride < 4*SPIKE_LINE_BYTES) {
+        if (narrow) {
             append_bytes(lines.first + (size_t) first_input*lines.stride, (end_input - first_input)*(int64_t) lines.stride);
             return;
         }

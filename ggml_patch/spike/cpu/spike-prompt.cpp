@@ -203,7 +203,7 @@ void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule,
 void finish_tokens(const matrix_tile & tile, const row_settings & rows, const spike_schedule * const * schedules, float * const * outputs,
                    int64_t n_tokens, const int16_t * values, int32_t * potential) {
     for (int64_t t = 0; t < n_tokens; t++) {
-        bring_near_to_write(outputs[t] + tile.first_row(), (size_t) tile.n_rows()*sizeof(float));
+        bring_near<near_for::writing>(outputs[t] + tile.first_row(), (size_t) tile.n_rows()*sizeof(float));
     }
     if (values) {
         int32_t largest = 1;

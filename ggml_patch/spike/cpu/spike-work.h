@@ -17,22 +17,13 @@ struct work_layout {
     size_t  train_size; // bytes from one train to the next
 };
 
-// Brings memory near that this thread will soon read.
-inline void bring_near(const void * memory, size_t size) {
-#if defined(__GNUC__)
-    for (size_t i = 0; i < size; i += ALIGNMENT) {
-        __builtin_prefetch((const char *) memory + i, 0, 3);
-    }
-#else
-    (void) memory, (void) size;
-#endif
-}
+enum class near_for { reading, writing };
 
-// The same for what it will soon overwrite.
-inline void bring_near_to_write(const void * memory, size_t size) {
+// Brings memory near that this thread will soon use.
+template <near_for USE = near_for::reading> void bring_near(const void * memory, size_t size) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < size; i += ALIGNMENT) {
-        __builtin_prefetch((const char *) memory + i, 1, 2);
+        __builtin_prefetch((const char *) memory + i, USE == near_for::writing, 3);
     }
 #else
     (void) memory, (void) size;

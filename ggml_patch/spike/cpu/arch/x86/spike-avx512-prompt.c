@@ -88,15 +88,6 @@ SPIKE_INLINE __m512i weights_of(const salient_rows * of, int64_t block, int slot
     return _mm512_loadu_si512(of->salients + (block*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS);
 }
 
-// 16-bit sums of even and odd rows, of what widen512 has made of bytes.
-SPIKE_INLINE lanes512 rows_of(lanes512 sum, lanes512 excess) {
-    const lanes512 rows = {
-        _mm512_sub_epi16(_mm512_sub_epi16(sum.even, _mm512_slli_epi16(sum.odd, 8)), excess.even),
-        _mm512_sub_epi16(sum.odd, excess.odd),
-    };
-    return rows;
-}
-
 static void find_present(salient_rows * of) {
     const lanes512 none = { _mm512_setzero_si512(), _mm512_setzero_si512() };
     lanes512 sum = none;
@@ -112,7 +103,7 @@ static void find_present(salient_rows * of) {
         }
         widen512(excess, false, &sum);
     }
-    of->excess = rows_of(sum, none);
+    of->excess = rows_of512(sum, none);
 }
 
 // The values that a block's salient weights point at, plus and minus (bit 6 of a weight tells which), to the sums of each token.
@@ -162,25 +153,21 @@ static lanes512 coarse_rows(const salient_rows * of, const spike_salient_token *
         widen512(bytes, false, &sum);
     }
     const lanes512 both = { excess, excess };
-    return rows_of(sum, both);
-}
-
-SPIKE_INLINE bool has_coarse(const salient_rows * of, const spike_salient_token * token) {
-    return token->coarse && token->coarse_blocks[of->first/BLOCKS_AT_A_TIME];
+    return rows_of512(sum, both);
 }
 
 SPIKE_INLINE void add_rows_to_potential(const salient_rows * of, const spike_salient_token * token, lanes512 rows, int32_t * potential) {
-    if (has_coarse(of, token)) {
+    if (token->coarse && token->coarse_blocks[of->first/BLOCKS_AT_A_TIME]) {
         const lanes512 coarse = coarse_rows(of, token);
         if (BLOCKS_AT_A_TIME*MIDDLE_OF_BLOCK*(1 + (1 << token->shift)) <= INT16_MAX) { // both fit 16 bits together
             const __m128i shift = _mm_cvtsi32_si128(token->shift);
             rows.even = _mm512_add_epi16(rows.even, _mm512_sll_epi16(coarse.even, shift));
             rows.odd  = _mm512_add_epi16(rows.odd,  _mm512_sll_epi16(coarse.odd,  shift));
         } else {
-            accumulate_rows512(coarse.even, coarse.odd, _mm_cvtsi32_si128(4 + token->shift), potential);
+            accumulate_rows512(coarse, _mm_cvtsi32_si128(4 + token->shift), potential);
         }
     }
-    accumulate_rows512(rows.even, rows.odd, _mm_cvtsi32_si128(4), potential);
+    accumulate_rows512(rows, _mm_cvtsi32_si128(4), potential);
 }
 
 // first_row: of the tile. n_tokens is known when this is compiled.
@@ -200,7 +187,7 @@ SPIKE_INLINE void add_tokens(const salient_rows * of, int first_row, int n_token
         add_fine_blocks(of, b, 1, n_tokens, values, coming, sums);
     }
     for (int t = 0; t < n_tokens; t++) {
-        add_rows_to_potential(of, tokens + t, rows_of(sums[t], of->excess), tokens[t].potential + first_row);
+        add_rows_to_potential(of, tokens + t, rows_of512(sums[t], of->excess), tokens[t].potential + first_row);
     }
 }
 

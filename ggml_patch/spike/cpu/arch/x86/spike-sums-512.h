@@ -57,10 +57,19 @@ SPIKE_INLINE void accumulate16(int32_t * potential, __m256i sums, __m128i shift)
     _mm512_storeu_si512(potential, _mm512_add_epi32(_mm512_loadu_si512(potential), _mm512_sll_epi32(_mm512_cvtepi16_epi32(sums), shift)));
 }
 
-// 16-bit sums of 64 rows, even and odd ones apart, to 32 bits.
-SPIKE_INLINE void accumulate_rows512(__m512i even, __m512i odd, __m128i shift, int32_t * potential) {
-    const __m512i lo = _mm512_unpacklo_epi16(even, odd); // rows 0-7, 16-23, 32-39, 48-55
-    const __m512i hi = _mm512_unpackhi_epi16(even, odd); // rows 8-15, 24-31, 40-47, 56-63
+// The sums of rows, even and odd ones apart, in what widen512 has made of bytes: without what each row holds too much.
+SPIKE_INLINE lanes512 rows_of512(lanes512 sum, lanes512 excess) {
+    const lanes512 rows = {
+        _mm512_sub_epi16(_mm512_sub_epi16(sum.even, _mm512_slli_epi16(sum.odd, 8)), excess.even),
+        _mm512_sub_epi16(sum.odd, excess.odd),
+    };
+    return rows;
+}
+
+// To 32 bits.
+SPIKE_INLINE void accumulate_rows512(lanes512 rows, __m128i shift, int32_t * potential) {
+    const __m512i lo = _mm512_unpacklo_epi16(rows.even, rows.odd); // rows 0-7, 16-23, 32-39, 48-55
+    const __m512i hi = _mm512_unpackhi_epi16(rows.even, rows.odd); // rows 8-15, 24-31, 40-47, 56-63
     const __m512i first_half  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi);
     const __m512i second_half = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
     accumulate16(potential,      _mm512_castsi512_si256(first_half), shift);
@@ -69,16 +78,16 @@ SPIKE_INLINE void accumulate_rows512(__m512i even, __m512i odd, __m128i shift, i
     accumulate16(potential + 48, _mm512_extracti64x4_epi64(second_half, 1), shift);
 }
 
-SPIKE_INLINE void spill_lanes512(lanes512 * sum, __m512i correction, __m128i shift, int32_t * potential) {
-    const __m512i even = _mm512_sub_epi16(_mm512_sub_epi16(sum->even, _mm512_slli_epi16(sum->odd, 8)), correction);
-    accumulate_rows512(even, _mm512_sub_epi16(sum->odd, correction), shift, potential);
+SPIKE_INLINE void spill_lanes512(lanes512 * sum, lanes512 correction, __m128i shift, int32_t * potential) {
+    accumulate_rows512(rows_of512(*sum, correction), shift, potential);
     sum->even = sum->odd = _mm512_setzero_si512();
 }
 
 // correction: what each lane holds too much; shift: of what is left.
 SPIKE_INLINE void spill512(tile512 * sum, int correction, int shift, int32_t * potential) {
-    const __m512i corrections = _mm512_set1_epi16((int16_t) correction);
-    const __m128i shifts      = _mm_cvtsi32_si128(shift);
+    const __m512i  lane        = _mm512_set1_epi16((int16_t) correction);
+    const lanes512 corrections = { lane, lane };
+    const __m128i  shifts      = _mm_cvtsi32_si128(shift);
     spill_lanes512(&sum->low,  corrections, shifts, potential);
     spill_lanes512(&sum->high, corrections, shifts, potential + SPIKE_HALF_TILE);
 }
