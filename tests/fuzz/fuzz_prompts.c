@@ -103,7 +103,7 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
         for (int64_t t0 = 0; t0 < SPIKE_TOKEN_LINE; t0 += TOKENS) {
             kernel->transpose_values(fine, coarse, shift, n, lines + t0);
         }
-        kernel->add_salient_lines(salients, SPIKE_TILE_ROWS, lines, n_blocks, SPIKE_TILE_ROWS, potential);
+        kernel->add_salient_lines(salients, SPIKE_TILE_ROWS, lines, n_blocks, SPIKE_TOKEN_LINE, SPIKE_TILE_ROWS, potential);
         if (k == 0) {
             memcpy(expected_lines, lines, n_values*sizeof(int16_t));
             memcpy(expected, potential, n_potentials*sizeof(int32_t));

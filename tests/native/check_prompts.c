@@ -111,12 +111,12 @@ static int check_prompts(int n_cases) {
 // All bytes as salient weights, the invalid ones too, and sums at the limits of 16 bits.
 static int check_salient_lines(void) {
     static const int64_t BLOCKS[] = { 1, 2, 3, 7, 24, 63 };
-    enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 4, STRIDE = SPIKE_TILE_ROWS + 8 };
+    enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 4, LENGTHS = SPIKE_TOKEN_LINE/SPIKE_TOKENS_AT_ONCE, STRIDE = SPIKE_TILE_ROWS + 8 };
     int wrong = 0;
     random_state = 2;
-    for (int i = 0; i < N_SIZES*KINDS; i++) {
+    for (int i = 0; i < N_SIZES*KINDS*LENGTHS; i++) {
         const int64_t n_blocks = BLOCKS[i % N_SIZES];
-        const int     kind     = i/N_SIZES; // random, all add, all subtract, all add the negative
+        const int     kind     = i/N_SIZES % KINDS; // random, all add, all subtract, all add the negative
         const int64_t n        = n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
         const int     largest  = INT16_MAX/(SPIKE_SALIENT_SLOTS*(int) n_blocks);
         uint8_t * salients = allocate((size_t) n);
@@ -133,15 +133,16 @@ static int check_salient_lines(void) {
             found[j] = expected[j] = (int32_t) random_below(1000);
         }
         const int64_t n_rows = i/2 % 2 ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS;
-        kernels->add_salient_lines(salients, n_rows, values, n_blocks, STRIDE, found);
-        plain->add_salient_lines(salients, n_rows, values, n_blocks, STRIDE, expected);
+        const int64_t n_tokens = SPIKE_TOKENS_AT_ONCE*(1 + i/(N_SIZES*KINDS));
+        kernels->add_salient_lines(salients, n_rows, values, n_blocks, n_tokens, STRIDE, found);
+        plain->add_salient_lines(salients, n_rows, values, n_blocks, n_tokens, STRIDE, expected);
         wrong += memcmp(found, expected, SPIKE_TOKEN_LINE*STRIDE*sizeof(int32_t)) != 0;
         free(salients);
         free(values);
         free(found);
         free(expected);
     }
-    printf("salients %d wrong %d\n", N_SIZES*KINDS, wrong);
+    printf("salients %d wrong %d\n", N_SIZES*KINDS*LENGTHS, wrong);
     return wrong;
 }
 

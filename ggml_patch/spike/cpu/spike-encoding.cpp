@@ -169,7 +169,7 @@ const ggml_tensor * next_single_token_product() {
 
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w) {
     constexpr int64_t MOST = 8;
-    const int64_t group = w.lines_per_job > 0 ? MOST : 1; // tokens whose values go into lines together
+    const int64_t group = w.lines_per_unit > 0 ? MOST : 1; // tokens whose values go into lines together
     const int64_t n_inputs = op->src[1]->ne[0], n_tokens = op->src[1]->ne[1];
     const int64_t groups_per_job = (n_tokens + group - 1)/group, n_groups = groups_per_job*op->src[1]->ne[2]*op->src[1]->ne[3];
     const spike_encoder_params encoder = encoder_params_of(op->src[0], is_rotated(op->src[0]));
@@ -187,10 +187,8 @@ void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, c
             encode_token(op, column, column, encoder, work, w, scratch);
             schedules[t] = (const spike_schedule *) (work + w.trains + (size_t) column*w.train_size);
         }
-        if (w.lines_per_job > 0) {
-            const int64_t first = job*w.lines_per_job*SPIKE_TOKEN_LINE + t0; // line by line, and within a line
-            int16_t * lines = (int16_t *) (work + w.lines) + first/SPIKE_TOKEN_LINE*n_inputs*SPIKE_TOKEN_LINE;
-            transpose_tokens(schedules, n, n_inputs, lines + first % SPIKE_TOKEN_LINE);
+        if (w.lines_per_unit > 0) {
+            transpose_tokens(schedules, n, n_inputs, w.values_in_line(work, job, t0));
         }
     }
 }

@@ -18,7 +18,7 @@ constexpr int64_t STORED_ROWS = 64, STORED_TOKENS = 32; // per unit of work on t
 void dot_stored_rows(const ggml_compute_params * params, const product & product, const ggml_tensor * src0, char * work, const work_layout & w) {
     const int64_t n_inputs = src0->ne[0], n_rows = src0->ne[1];
     const block_spka * blocks = (const block_spka *) (work + w.blocks);
-    for_each_unit(params, product, STORED_TOKENS, (n_rows + STORED_ROWS - 1)/STORED_ROWS, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
+    for_each_unit(params, (unit_cursor *) (work + w.cursors), product, STORED_TOKENS, (n_rows + STORED_ROWS - 1)/STORED_ROWS, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
         const char * matrix = (const char *) product.get_job(j).matrix;
         const int64_t r1 = std::min(n_rows, (row_block + 1)*STORED_ROWS);
         for (int64_t t = t0; t < t0 + n_tokens; t++) {
@@ -87,7 +87,7 @@ void compute(const ggml_compute_params * params, ggml_tensor * op) {
         if (routed) {
             routed_product(op, matrix_stride, work + w.table).fill_table();
         }
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        reset_cursors((unit_cursor *) (work + w.cursors), params->nth);
     }
     if (!w.own_encoding) {
         ggml_barrier(params->threadpool);

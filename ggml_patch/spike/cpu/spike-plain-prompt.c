@@ -81,7 +81,8 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
     }
 }
 
-static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
+                              int32_t * potential) {
     for (int64_t r = 0; r < n_rows; r++) {
         int16_t sum[SPIKE_TOKEN_LINE] = { 0 };
         for (int64_t b = 0; b < n_blocks; b++) {
@@ -89,18 +90,18 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
                 const uint8_t   salient = salients[(b*SPIKE_SALIENT_SLOTS + slot)*SPIKE_TILE_ROWS + r];
                 const int16_t * line    = values + (b*QK_SPK + (salient & 63))*SPIKE_TOKEN_LINE;
                 if (salient >> 6 == 1) {
-                    for (int t = 0; t < SPIKE_TOKEN_LINE; t++) {
+                    for (int t = 0; t < n_tokens; t++) {
                         sum[t] = (int16_t) (sum[t] + line[t]);
                     }
                 } else if (salient >> 6 == 2) {
-                    for (int t = 0; t < SPIKE_TOKEN_LINE; t++) {
+                    for (int t = 0; t < n_tokens; t++) {
                         sum[t] = (int16_t) (sum[t] - line[t]);
                     }
                 }
             }
         }
         int32_t * own = potential;
-        for (int t = 0; t < SPIKE_TOKEN_LINE; t++) {
+        for (int t = 0; t < n_tokens; t++) {
             own[r] += 16*sum[t];
             own    += stride;
         }

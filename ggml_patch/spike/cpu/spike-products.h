@@ -7,8 +7,10 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace spike {
 
@@ -88,21 +90,40 @@ class routed_product final : public product {
 // Whether so few tokens (1 to 3, on average) meet a matrix that its weights are best read where they lie, token by token.
 bool serves_few_tokens(const ggml_tensor * op);
 
-// Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows.
+// How many units of its own range a thread, or another for it, has taken. Alone in a cache line.
+struct alignas(ALIGNMENT) unit_cursor {
+    std::atomic<int64_t> taken;
+};
+
+// Called by one thread before the units are shared out.
+inline void reset_cursors(unit_cursor * cursors, int n_threads) {
+    for (int i = 0; i < n_threads; i++) {
+        new (cursors + i) unit_cursor { 0 };
+    }
+}
+
+// Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows. Each thread has a range of
+// them, which with many tokens are those that it encoded itself; what others have not yet come to, it takes when its own are done.
 // compute_unit(job, row block, first token, number of tokens)
 template <typename F>
-void for_each_unit(const ggml_compute_params * params, const product & product, int64_t token_block, int64_t n_row_blocks, F compute_unit) {
-    int64_t unit = params->ith; // the first nth units are taken without asking
-    int64_t before = 0;
+void for_each_unit(const ggml_compute_params * params, unit_cursor * cursors, const product & product, int64_t token_block, int64_t n_row_blocks,
+                   F compute_unit) {
+    const auto units_of = [&](int64_t j) { return (product.get_job(j).n_tokens + token_block - 1)/token_block*n_row_blocks; };
+    int64_t n_units = 0;
     for (int64_t j = 0; j < product.n_jobs(); j++) {
-        const int64_t n_tokens = product.get_job(j).n_tokens;
-        const int64_t n_units  = (n_tokens + token_block - 1)/token_block*n_row_blocks;
-        while (unit < before + n_units) {
+        n_units += units_of(j);
+    }
+    for (int i = 0; i < params->nth; i++) {
+        const int     owner = (params->ith + i) % params->nth;
+        const int64_t first = owner*n_units/params->nth, end = (owner + 1)*n_units/params->nth;
+        int64_t j = 0, before = 0; // units of the jobs before j
+        for (int64_t unit; (unit = first + cursors[owner].taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
+            while (unit >= before + units_of(j)) {
+                before += units_of(j++);
+            }
             const int64_t t0 = (unit - before)/n_row_blocks*token_block;
-            compute_unit(j, (unit - before) % n_row_blocks, t0, std::min(token_block, n_tokens - t0));
-            unit = ggml_threadpool_chunk_add(params->threadpool, 1);
+            compute_unit(j, (unit - before) % n_row_blocks, t0, std::min(token_block, product.get_job(j).n_tokens - t0));
         }
-        before += n_units;
     }
 }
 

@@ -7,7 +7,8 @@
 extern "C" {
 #endif
 
-#define SPIKE_TOKEN_LINE 64 // tokens whose values for one input lie side by side
+#define SPIKE_TOKEN_LINE     64 // tokens whose values for one input lie side by side
+#define SPIKE_TOKENS_AT_ONCE 16 // of a line
 
 // Values of a chunk under construction: n of each, a multiple of 64.
 typedef struct {
@@ -62,10 +63,10 @@ typedef struct {
     // NULL for fine: a token without values. n is a multiple of 64.
     void (*transpose_values)(const int8_t * const fine[8], const int8_t * const coarse[8], const int shift[8], int64_t n, int16_t * lines);
 
-    // Salient weights of a tile for a line of tokens: potential[token*stride + row] += 16 * sum over extended weights of +-value.
-    // values: [input][token]; sums fit 16 bits.
-    void (*add_salient_lines)(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride,
-                              int32_t * potential);
+    // Salient weights of a tile for the first n_tokens of a line: potential[token*stride + row] += 16 * sum over extended weights of
+    // +-value. values: [input][token]; sums fit 16 bits. n_tokens is a multiple of SPIKE_TOKENS_AT_ONCE.
+    void (*add_salient_lines)(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens,
+                              int64_t stride, int32_t * potential);
 
     // The lines whose key is the wanted one, in order. Returns how many; up to SPIKE_SCHEDULE_SLACK more places of the list
     // are overwritten. n is a multiple of 64.

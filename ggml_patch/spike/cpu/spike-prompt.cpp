@@ -14,7 +14,8 @@ namespace spike {
 namespace {
 
 constexpr int64_t MOST_TOKENS = 128; // that share a copy of a tile's lines
-constexpr int64_t WELL_BALANCED = 8; // units of work per thread
+constexpr int64_t FEWEST_TOKENS = 16; // below, copies cost more than threads gain that keep to the tokens that they encoded
+constexpr int64_t FEW_TILES = 4; // per thread: with fewer, their shares of rows differ so much that half as many tokens still pay
 constexpr int64_t TOKEN_STRIDE = SPIKE_TILE_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
 constexpr int32_t LARGEST_IN_LINES = 16 << 8; // merged values beyond it are added token by token
 
@@ -69,12 +70,13 @@ struct matrix_tile {
 };
 
 // As many blocks at a time as 16-bit sums hold.
-void add_salient_by_lines(const matrix_tile & tile, const int16_t * values, int32_t largest, int32_t * potential) {
+void add_salient_by_lines(const matrix_tile & tile, const int16_t * values, int64_t n_tokens, int32_t largest, int32_t * potential) {
+    const int64_t filled = (n_tokens + SPIKE_TOKENS_AT_ONCE - 1)/SPIKE_TOKENS_AT_ONCE*SPIKE_TOKENS_AT_ONCE; // the rest of it is never read
     const int64_t most = INT16_MAX/(SPIKE_SALIENT_SLOTS*largest);
     for (int64_t b = 0; b < tile.layout.n_blocks; b += most) {
         spike_select_kernels()->prompt->add_salient_lines(tile.salients() + b*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS,
                                                           tile.n_neurons(), values + b*QK_SPK*SPIKE_TOKEN_LINE,
-                                                          std::min(most, tile.layout.n_blocks - b), TOKEN_STRIDE, potential);
+                                                          std::min(most, tile.layout.n_blocks - b), filled, TOKEN_STRIDE, potential);
     }
 }
 
@@ -210,7 +212,7 @@ void finish_tokens(const matrix_tile & tile, const row_settings & rows, const sp
         for (int64_t t = 0; t < n_tokens; t++) {
             largest = goes_in_lines(schedules[t]) ? std::max(largest, schedules[t]->largest) : largest;
         }
-        add_salient_by_lines(tile, values, largest, potential);
+        add_salient_by_lines(tile, values, n_tokens, largest, potential);
         for (int64_t t = 0; t < n_tokens; t++) {
             if (!goes_in_lines(schedules[t])) {
                 add_salient_by_tokens(tile, schedules + t, 1, potential + t*TOKEN_STRIDE);
@@ -245,23 +247,6 @@ void compute_tile(const matrix_tile & tile, const matrix_tile & after, const tok
     }
 }
 
-// How many tokens share a copy of a tile's lines: as many as leave enough units of work, a tile and a block of tokens each,
-// for all threads.
-int64_t tokens_per_unit(const product & product, int64_t n_tiles, int64_t most_tokens, int n_threads) {
-    const auto count_units = [&](int64_t n_tokens) {
-        int64_t n = 0;
-        for (int64_t j = 0; j < product.n_jobs(); j++) {
-            n += (product.get_job(j).n_tokens + n_tokens - 1)/n_tokens;
-        }
-        return n*n_tiles;
-    };
-    int64_t n_tokens = most_tokens;
-    while (n_threads > 1 && n_tokens > SPIKE_TOKEN_LINE && count_units(n_tokens) < WELL_BALANCED*n_threads) {
-        n_tokens /= 2;
-    }
-    return n_tokens;
-}
-
 } // namespace
 
 void transpose_tokens(const spike_schedule * const * schedules, int64_t n_tokens, int64_t n_inputs, int16_t * lines) {
@@ -279,6 +264,21 @@ void transpose_tokens(const spike_schedule * const * schedules, int64_t n_tokens
     }
 }
 
+int64_t tokens_per_unit(const ggml_tensor * op, int n_threads) {
+    if (op->op == GGML_OP_MUL_MAT_ID) {
+        return SPIKE_TOKEN_LINE;
+    }
+    const ggml_tensor * inputs = op->src[1];
+    const auto count_blocks = [&](int64_t n_tokens) { return (inputs->ne[1] + n_tokens - 1)/n_tokens*inputs->ne[2]*inputs->ne[3]; };
+    const int64_t n_tiles = (op->src[0]->ne[1] + SPIKE_TILE_ROWS - 1)/SPIKE_TILE_ROWS;
+    const int64_t fewest  = n_tiles < FEW_TILES*n_threads ? FEWEST_TOKENS/2 : FEWEST_TOKENS;
+    int64_t n_tokens = MOST_TOKENS;
+    while (n_tokens > fewest && count_blocks(n_tokens) < n_threads) {
+        n_tokens /= 2;
+    }
+    return n_tokens;
+}
+
 size_t prompt_scratch_size(int64_t n_inputs) {
     return prompt_scratch(nullptr, n_inputs).size;
 }
@@ -286,9 +286,8 @@ size_t prompt_scratch_size(int64_t n_inputs) {
 void compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     const bool routed = op->op == GGML_OP_MUL_MAT_ID;
-    const int64_t per_unit = tokens_per_unit(product, layout.n_tiles, routed ? SPIKE_TOKEN_LINE : MOST_TOKENS, params->nth);
     prompt_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
-    for_each_unit(params, product, per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
+    for_each_unit(params, (unit_cursor *) (work + w.cursors), product, w.tokens_per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
         token_block tokens;
         tokens.n = n_tokens;
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -297,8 +296,8 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             tokens.outputs[t]   = tok.output;
         }
         const int16_t * values = nullptr;
-        if (w.lines_per_job > 0) {
-            values = (const int16_t *) (work + w.lines) + (j*w.lines_per_job*SPIKE_TOKEN_LINE + t0)*layout.n_inputs;
+        if (w.lines_per_unit > 0) {
+            values = w.values_in_line(work, j, t0);
         } else if (routed && goes_by_lines(n_tokens)) {
             if (scratch.job != j || scratch.first_token != t0) {
                 transpose_tokens(tokens.schedules, n_tokens, layout.n_inputs, scratch.values);
@@ -308,7 +307,7 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             values = scratch.values;
         }
         const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
-        compute_tile({ layout, packed, i }, { layout, packed, i + params->nth }, tokens, values, scratch); // threads take units in turns
+        compute_tile({ layout, packed, i }, { layout, packed, i + 1 }, tokens, values, scratch);
     });
 }
 

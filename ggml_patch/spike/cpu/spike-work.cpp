@@ -22,17 +22,21 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_inputs  = op->src[0]->ne[0];
     const int64_t n_columns = ggml_nrows(op->src[1]);
     work_layout w;
+    w.n_inputs   = n_inputs;
     w.n_chunks   = chunks_of(op);
     w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
     w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && form_of(op->src[0]) == weight_form::tiles;
     const int64_t n_encoded = w.own_encoding ? n_threads : n_columns;
-    w.blocks  = aligned((size_t) n_threads*OTHERS_WORK);
+    w.cursors = aligned((size_t) n_threads*OTHERS_WORK);
+    w.blocks  = w.cursors + (size_t) n_threads*sizeof(unit_cursor);
     w.trains  = w.blocks + aligned((size_t) n_encoded*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
     w.lines   = w.trains + (size_t) n_encoded*w.train_size;
     // the tokens of a matrix follow each other, unless they are routed
     const bool dense = op->op == GGML_OP_MUL_MAT && !serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
-    w.lines_per_job  = dense && goes_by_lines(op->src[1]->ne[1]) ? (op->src[1]->ne[1] + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
-    const int64_t n_lines = w.lines_per_job*op->src[1]->ne[2]*op->src[1]->ne[3];
+    w.tokens_per_unit = tokens_per_unit(op, n_threads);
+    w.units_per_job   = (op->src[1]->ne[1] + w.tokens_per_unit - 1)/w.tokens_per_unit;
+    w.lines_per_unit  = dense && goes_by_lines(op->src[1]->ne[1]) ? (std::min(w.tokens_per_unit, op->src[1]->ne[1]) + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
+    const int64_t n_lines = w.units_per_job*op->src[1]->ne[2]*op->src[1]->ne[3]*w.lines_per_unit;
     w.table   = w.lines + (size_t) (n_lines*n_inputs*SPIKE_TOKEN_LINE)*sizeof(int16_t);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
@@ -40,6 +44,12 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     w.scratch_per_thread = aligned(std::max(for_encoder, for_tiles));
     w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
     return w;
+}
+
+int16_t * work_layout::values_in_line(char * work, int64_t job, int64_t t) const {
+    const int64_t in_unit = t % tokens_per_unit;
+    const int64_t line    = (job*units_per_job + t/tokens_per_unit)*lines_per_unit + in_unit/SPIKE_TOKEN_LINE;
+    return (int16_t *) (work + lines) + line*n_inputs*SPIKE_TOKEN_LINE + in_unit % SPIKE_TOKEN_LINE;
 }
 
 } // namespace spike

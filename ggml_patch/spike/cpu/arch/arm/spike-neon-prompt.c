@@ -149,15 +149,17 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
 static const int16_t USED[4]    = { 0, -1, -1, 0 };
 static const int16_t FLIPPED[4] = { 0, 0, -1, 0 };
 
-static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
-    enum { TOKEN_VECTORS = SPIKE_TOKEN_LINE/8 };
+// n_tokens is known when this is compiled.
+SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int n_tokens, int64_t stride,
+                               int32_t * potential) {
+    const int vectors = n_tokens/8;
     for (int row = 0; row < n_rows; row += 8) {
-        int16x8_t sums[8][TOKEN_VECTORS];
+        int16x8_t sums[8][SPIKE_TOKEN_LINE/8];
         for (int r = 0; r < 8; r++) {
             const uint8_t * salient = salients + row + r;
             const int16_t * block   = values;
-            int16x8_t sum[TOKEN_VECTORS];
-            for (int q = 0; q < TOKEN_VECTORS; q++) {
+            int16x8_t sum[SPIKE_TOKEN_LINE/8];
+            for (int q = 0; q < vectors; q++) {
                 sum[q] = vdupq_n_s16(0);
             }
             int16_t n_flipped = 0;
@@ -166,7 +168,7 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
                     const int16_t * line = block + ((*salient & 63) << 6);
                     const int       sign = *salient >> 6;
                     const int16x8_t used = vdupq_n_s16(USED[sign]), flipped = vdupq_n_s16(FLIPPED[sign]);
-                    for (int q = 0; q < TOKEN_VECTORS; q++) {
+                    for (int q = 0; q < vectors; q++) {
                         sum[q] = vaddq_s16(sum[q], veorq_s16(vandq_s16(vld1q_s16(line + 8*q), used), flipped));
                     }
                     n_flipped = (int16_t) (n_flipped + (sign == 2));
@@ -174,12 +176,12 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
                 }
                 block += QK_SPK*SPIKE_TOKEN_LINE;
             }
-            for (int q = 0; q < TOKEN_VECTORS; q++) {
+            for (int q = 0; q < vectors; q++) {
                 sums[r][q] = vaddq_s16(sum[q], vdupq_n_s16(n_flipped));
             }
         }
         int32_t * own = potential + row;
-        for (int q = 0; q < TOKEN_VECTORS; q++) {
+        for (int q = 0; q < vectors; q++) {
             int16x8_t x[8];
             for (int r = 0; r < 8; r++) {
                 x[r] = sums[r][q];
@@ -191,6 +193,16 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
                 own += stride;
             }
         }
+    }
+}
+
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
+                              int32_t * potential) {
+    switch (n_tokens) {
+        case 16: add_lines_of(salients, n_rows, values, n_blocks, 16, stride, potential); break;
+        case 32: add_lines_of(salients, n_rows, values, n_blocks, 32, stride, potential); break;
+        case 48: add_lines_of(salients, n_rows, values, n_blocks, 48, stride, potential); break;
+        default: add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential); break;
     }
 }
 

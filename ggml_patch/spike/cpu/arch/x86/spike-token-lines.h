@@ -46,9 +46,9 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
     }
 }
 
-// Sums of eight rows, 64 tokens each, times 16 to the tokens' potentials.
-SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_t stride, int32_t * potential) {
-    for (int t = 0; t < SPIKE_TOKEN_LINE; t += 8) {
+// Sums of eight rows, so many tokens each, times 16 to the tokens' potentials.
+SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int n_tokens, int64_t stride, int32_t * potential) {
+    for (int t = 0; t < n_tokens; t += 8) {
         __m128i x[8];
         for (int r = 0; r < 8; r++) {
             x[r] = _mm_loadu_si128((const __m128i *) (sums[r] + t));
@@ -63,9 +63,11 @@ SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int64_
 }
 
 // The weights of so many blocks of a row to its sums; the including file has it.
-SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int16_t sums[SPIKE_TOKEN_LINE]);
+SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int n_tokens, int16_t sums[SPIKE_TOKEN_LINE]);
 
-static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t stride, int32_t * potential) {
+// n_tokens is known when this is compiled.
+SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int n_tokens, int64_t stride,
+                               int32_t * potential) {
     enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
     _Alignas(64) int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE];
     for (int row0 = 0; row0 < n_rows; row0 += NEAR_ROWS) {
@@ -75,16 +77,26 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
         for (int64_t left = n_blocks; left > 0; left -= NEAR_BLOCKS) {
             for (int row = 0; row < NEAR_ROWS; row++) {
                 if (left >= NEAR_BLOCKS) {
-                    add_slots(salient + row, value, NEAR_BLOCKS, sums[row]);
+                    add_slots(salient + row, value, NEAR_BLOCKS, n_tokens, sums[row]);
                 } else {
-                    add_slots(salient + row, value, 1, sums[row]);
+                    add_slots(salient + row, value, 1, n_tokens, sums[row]);
                 }
             }
             salient += NEAR_BLOCKS*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
             value   += NEAR_BLOCKS*QK_SPK*SPIKE_TOKEN_LINE;
         }
         for (int row = 0; row < NEAR_ROWS; row += 8) {
-            add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, stride, potential + row0 + row);
+            add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, n_tokens, stride, potential + row0 + row);
         }
+    }
+}
+
+static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
+                              int32_t * potential) {
+    switch (n_tokens) {
+        case 16: add_lines_of(salients, n_rows, values, n_blocks, 16, stride, potential); break;
+        case 32: add_lines_of(salients, n_rows, values, n_blocks, 32, stride, potential); break;
+        case 48: add_lines_of(salients, n_rows, values, n_blocks, 48, stride, potential); break;
+        default: add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential); break;
     }
 }
