@@ -101,7 +101,7 @@ static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const in
             }
         }
         int32_t * own = potential;
-        for (int t = 0; t < n_tokens; t++) {
+        for (int t = 0; t < SPIKE_TOKEN_LINE && t < n_tokens; t++) { // by one condition compilers would find the last address, with a product
             own[r] += 16*sum[t];
             own    += stride;
         }

@@ -8,7 +8,7 @@ extern "C" {
 #endif
 
 #define SPIKE_TOKEN_LINE     64 // tokens whose values for one input lie side by side
-#define SPIKE_TOKENS_AT_ONCE 16 // of a line
+#define SPIKE_TOKENS_AT_ONCE 32 // of a line
 
 // Values of a chunk under construction: n of each, a multiple of 64.
 typedef struct {

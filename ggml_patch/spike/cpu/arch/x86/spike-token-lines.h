@@ -93,10 +93,9 @@ SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const i
 
 static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
                               int32_t * potential) {
-    switch (n_tokens) {
-        case 16: add_lines_of(salients, n_rows, values, n_blocks, 16, stride, potential); break;
-        case 32: add_lines_of(salients, n_rows, values, n_blocks, 32, stride, potential); break;
-        case 48: add_lines_of(salients, n_rows, values, n_blocks, 48, stride, potential); break;
-        default: add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential); break;
+    if (n_tokens == SPIKE_TOKENS_AT_ONCE) {
+        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKENS_AT_ONCE, stride, potential);
+    } else {
+        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential);
     }
 }
