@@ -176,7 +176,17 @@ def shared_product(rows, n_in, tokens):
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 1), (129, 576, 1), (300, 1536, 33), (2051, 192, 3), (385, 128, 130)], ids=str
+    "shape",
+    [
+        (1, 64, 1),
+        (129, 576, 1),
+        (300, 1536, 33),
+        (200, 192, 64),
+        (70, 128, 40),
+        (2051, 192, 3),
+        (385, 128, 130),
+    ],
+    ids=str,
 )
 def test_threads(buffer, threads, shape):
     weights, x, expected = shared_product(*shape)
