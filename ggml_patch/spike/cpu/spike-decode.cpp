@@ -14,6 +14,7 @@
 namespace spike {
 namespace {
 
+constexpr int64_t  MOST_TOGETHER  = 8;    // tokens
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_FIRST + 4*MAX_STAGE_RUNS; // few, so that the list stays near
 
@@ -26,22 +27,39 @@ struct tile_group {
     int64_t half_tile() const { return first_tile + n_whole; }
 };
 
-// What a thread keeps while it serves one token.
+// A token that a thread serves, with what it keeps for it.
+struct served_token {
+    const spike_train * train;
+    float *             output;
+    int32_t *           potential;    // [tile][class][row]
+    uint32_t *          offsets;      // [spike], of lines in a strip
+    uint32_t *          half_offsets; // the same in half a tile
+};
+
+// Memory of a thread.
 struct decode_scratch {
-    int32_t *        potential; // [tile][class][row]
-    uint32_t *       offsets;   // [spike], of lines in a strip
-    uint32_t *       half_offsets; // the same in half a tile
-    const uint8_t ** runs;      // of lines to request
+    const uint8_t ** runs; // of lines to request
+    served_token     tokens[MOST_TOGETHER];
     size_t           size;
 
-    decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks) {
+    decode_scratch(char * memory, int64_t n_inputs, int64_t n_chunks, int64_t n_tokens) {
         scratch_arrays arrays(memory);
-        arrays.take(potential, (SPIKE_STRIP_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
-        arrays.take(offsets, spike_max_spikes(n_inputs, n_chunks));
-        arrays.take(half_offsets, spike_max_spikes(n_inputs, n_chunks));
         arrays.take(runs, MAX_RUNS);
+        for (int64_t t = 0; t < n_tokens; t++) {
+            arrays.take(tokens[t].potential, (SPIKE_STRIP_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+            arrays.take(tokens[t].offsets, spike_max_spikes(n_inputs, n_chunks));
+            arrays.take(tokens[t].half_offsets, spike_max_spikes(n_inputs, n_chunks));
+        }
         size = arrays.size();
     }
+};
+
+// Tokens that meet a chunk of lines one after the other, before the next chunk.
+struct token_group {
+    const served_token * tokens;
+    int64_t              n;
+
+    const spike_train * first() const { return tokens[0].train; }
 };
 
 void prefetch(const uint8_t * line) {
@@ -232,9 +250,10 @@ class request_list {
 // The stages of a thread's share of a matrix, and the requests that are due while each of them computes.
 class stage_list {
   public:
-    stage_list(const spike_layout & layout, const uint8_t * packed, const spike_train * train, const share & own, const next_product & after,
+    stage_list(const spike_layout & layout, const uint8_t * packed, const token_group & tokens, const share & own, const next_product & after,
                const uint8_t ** runs) :
-        layout(layout), packed(packed), train(train), own(own), after(after), requests(runs), group(own.group_at(own.first_tile)) {}
+        layout(layout), packed(packed), train(tokens.first()), alone(tokens.n == 1), own(own), after(after), requests(runs),
+        group(own.group_at(own.first_tile)) {}
 
     void start() {
         const tile_group first = own.group_at(own.first_tile);
@@ -266,11 +285,16 @@ class stage_list {
             append_next_product();
             return;
         }
-        uint32_t n_active;
-        const int64_t    first  = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
-        const int64_t    end    = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk + 1);
-        const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk++, &n_active);
-        requests.append_lines(layout, packed, group, first, end, n_active, [&](int64_t e) { return active[e]; });
+        const int64_t first = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk);
+        const int64_t end   = spike_chunk_start(layout.n_inputs, train->n_chunks, chunk + 1);
+        if (alone) {
+            uint32_t n_active;
+            const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk, &n_active);
+            requests.append_lines(layout, packed, group, first, end, n_active, [&](int64_t e) { return active[e]; });
+        } else { // hardly any input is silent in all of them
+            requests.append_lines(layout, packed, group, first, end, end - first, [&](int64_t e) { return first + e; });
+        }
+        chunk++;
         requests.append_half(layout, packed, group, first, end);
         append_salients();
         if (chunk == train->n_chunks) {
@@ -297,7 +321,8 @@ class stage_list {
 
     const spike_layout & layout;
     const uint8_t *      packed;
-    const spike_train *  train;
+    const spike_train *  train; // of the only token, or of any: all have the same chunks
+    const bool           alone;
     const share &        own;
     const next_product & after;
     request_list         requests;
@@ -306,25 +331,26 @@ class stage_list {
     bool                 appended_next = false;
 };
 
-void integrate_chunk(const spike_kernels * kernels, const spike_train * train, int64_t chunk, const spike_layout & layout, const uint8_t * packed,
-                     const tile_group & group, decode_scratch & s, spike_ahead * ahead) {
+// Requests go with the token if ahead is not nullptr.
+void integrate_chunk(const spike_kernels * kernels, const served_token & token, int64_t chunk, const spike_layout & layout, const uint8_t * packed,
+                     const tile_group & group, spike_ahead * ahead) {
     constexpr int64_t STRIDE = SPIKE_CLASSES*SPIKE_TILE_ROWS;
     const uint8_t * lines = spike_lines_of_tile(&layout, packed, group.first_tile).first;
     for (int k = 0; k < SPIKE_CLASSES; k++) {
-        const spike_program * program = spike_train_program(train, k, chunk);
+        const spike_program * program = spike_train_program(token.train, k, chunk);
         if (program->n_steps == 0) {
             continue;
         }
-        int32_t * potential = s.potential + k*SPIKE_TILE_ROWS;
+        int32_t * potential = token.potential + k*SPIKE_TILE_ROWS;
         if (ahead) {
-            kernels->integrate_ahead(lines, group.n_whole, program, s.offsets, potential, STRIDE, ahead);
+            kernels->integrate_ahead(lines, group.n_whole, program, token.offsets, potential, STRIDE, ahead);
         } else {
             for (int64_t t = 0; t < group.n_whole; t++) {
-                kernels->integrate(lines + t*SPIKE_LINE_BYTES, program, s.offsets, potential + t*STRIDE);
+                kernels->integrate(lines + t*SPIKE_LINE_BYTES, program, token.offsets, potential + t*STRIDE);
             }
         }
         if (group.with_half) {
-            kernels->integrate_half(spike_lines_of_tile(&layout, packed, group.half_tile()).first, program, s.half_offsets,
+            kernels->integrate_half(spike_lines_of_tile(&layout, packed, group.half_tile()).first, program, token.half_offsets,
                                     potential + group.n_whole*STRIDE, ahead);
         }
     }
@@ -334,15 +360,15 @@ uint32_t places_of_chunk(const spike_train * train, int64_t chunk) {
     return spike_program_places(train, 0, chunk) + spike_program_places(train, 1, chunk);
 }
 
-// A share of a matrix's tiles for one token.
-void compute_tiles(const spike_layout & layout, const uint8_t * packed, const spike_train * train, float * output, const share & own,
-                   const next_product & after, decode_scratch & s) {
+// A share of a matrix's tiles for some tokens.
+void compute_tiles(const spike_layout & layout, const uint8_t * packed, const token_group & tokens, const share & own, const next_product & after,
+                   const uint8_t ** runs) {
     if (own.first_tile >= own.end_tile) {
         return;
     }
     const spike_kernels * kernels = spike_select_kernels();
     const bool requests = kernels->integrate_ahead != nullptr;
-    stage_list stages(layout, packed, train, own, after, s.runs);
+    stage_list stages(layout, packed, tokens, own, after, runs);
     if (requests) {
         stages.start();
     }
@@ -351,50 +377,62 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const sp
     for (int64_t tile0 = own.first_tile; tile0 < own.end_tile; tile0 += group.n_tiles()) {
         group = own.group_at(tile0);
         const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile0);
-        if (stride != lines.stride) {
-            stride = lines.stride;
-            find_offsets(train, stride, s.offsets);
+        for (int64_t t = 0; t < tokens.n; t++) {
+            const served_token & token = tokens.tokens[t];
+            if (stride != lines.stride) {
+                find_offsets(token.train, lines.stride, token.offsets);
+            }
+            if (group.with_half) {
+                find_offsets(token.train, SPIKE_HALF_LINE, token.half_offsets);
+            }
+            memset(token.potential, 0, (size_t) group.n_tiles()*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
         }
-        if (group.with_half) {
-            find_offsets(train, SPIKE_HALF_LINE, s.half_offsets);
-        }
-        memset(s.potential, 0, (size_t) group.n_tiles()*SPIKE_CLASSES*SPIKE_TILE_ROWS*sizeof(int32_t));
-        for (int64_t c = 0; c < train->n_chunks; c++) {
+        stride = lines.stride;
+        for (int64_t c = 0; c < tokens.first()->n_chunks; c++) {
             if (requests) {
-                spike_ahead ahead = stages.enter(places_of_chunk(train, c)*(uint32_t) group.n_tiles());
-                integrate_chunk(kernels, train, c, layout, packed, group, s, &ahead);
+                spike_ahead ahead = stages.enter(places_of_chunk(tokens.first(), c)*(uint32_t) group.n_tiles());
+                integrate_chunk(kernels, tokens.tokens[0], c, layout, packed, group, &ahead);
                 stages.leave(ahead);
-            } else {
-                integrate_chunk(kernels, train, c, layout, packed, group, s, nullptr);
+            }
+            for (int64_t t = requests; t < tokens.n; t++) {
+                integrate_chunk(kernels, tokens.tokens[t], c, layout, packed, group, nullptr);
             }
         }
-        for (int64_t t = 0; t < group.n_tiles(); t++) {
-            int32_t *       potential = s.potential + t*SPIKE_CLASSES*SPIKE_TILE_ROWS;
-            const uint8_t * salients  = spike_salients_of_tile(&layout, packed, tile0 + t, 0, 0);
-            add_salient_of_token(salients, layout, train, potential);
-            read_out(train, output, layout, packed, tile0 + t, potential);
+        for (int64_t tile = 0; tile < group.n_tiles(); tile++) {
+            const uint8_t * salients = spike_salients_of_tile(&layout, packed, tile0 + tile, 0, 0);
+            for (int64_t t = 0; t < tokens.n; t++) {
+                const served_token & token = tokens.tokens[t];
+                int32_t * potential = token.potential + tile*SPIKE_CLASSES*SPIKE_TILE_ROWS;
+                add_salient_of_token(salients, layout, token.train, potential);
+                read_out(token.train, token.output, layout, packed, tile0 + tile, potential);
+            }
         }
     }
 }
 
 } // namespace
 
-size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks) {
-    return decode_scratch(nullptr, n_inputs, n_chunks).size;
+size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks, int64_t n_tokens) {
+    return decode_scratch(nullptr, n_inputs, n_chunks, std::min(n_tokens, MOST_TOGETHER)).size;
 }
 
-void compute_single_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
+void compute_few_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
-    decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks);
+    const int64_t together = std::min(w.n_tokens, MOST_TOGETHER);
+    decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks, together);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
-    const share own(layout, params); // of every matrix, the same for each token
+    const share own(layout, params); // of every matrix
     const next_product none, next(w.own_encoding ? next_single_token_product() : nullptr, params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
         const job work_of = product.get_job(j);
-        for (int64_t t = 0; t < work_of.n_tokens; t++) {
-            const token tok = product.get_token(j, t);
-            const spike_train * train = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
-            compute_tiles(layout, (const uint8_t *) work_of.matrix, train, tok.output, own, w.own_encoding ? next : none, scratch);
+        for (int64_t t0 = 0; t0 < work_of.n_tokens; t0 += together) {
+            const token_group tokens = { scratch.tokens, std::min(work_of.n_tokens - t0, together) };
+            for (int64_t t = 0; t < tokens.n; t++) {
+                const token tok = product.get_token(j, t0 + t);
+                scratch.tokens[t].train  = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
+                scratch.tokens[t].output = tok.output;
+            }
+            compute_tiles(layout, (const uint8_t *) work_of.matrix, tokens, own, w.own_encoding ? next : none, scratch.runs);
         }
     }
 }

@@ -47,7 +47,7 @@ void run_product(const ggml_compute_params * params, const product & product, co
         count_product(product, op->src[0], (const block_spka *) (work + w.blocks));
     }
     if (form_of(op->src[0]) == weight_form::tiles) {
-        (serves_few_tokens(op) ? compute_single_tokens : compute_prompt)(params, product, op, work, w);
+        (serves_few_tokens(op) ? compute_few_tokens : compute_prompt)(params, product, op, work, w);
     } else {
         dot_stored_rows(params, product, op->src[0], work, w);
     }

@@ -16,9 +16,9 @@ constexpr int64_t PROMPT_CHUNK_BLOCKS = 12; // a tile's lines fill six of eight 
 size_t prompt_scratch_size(int64_t n_inputs);
 void   compute_prompt(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
 
-// Few tokens per matrix, one after the other (spike-decode.cpp).
-size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks);
-void   compute_single_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
+// Few tokens per matrix (spike-decode.cpp). n_tokens: the most that a matrix may have.
+size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks, int64_t n_tokens);
+void   compute_few_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w);
 
 // Takes arrays one after the other out of a thread's scratch; from nullptr it finds the size.
 class scratch_arrays {

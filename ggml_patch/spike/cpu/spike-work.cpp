@@ -10,12 +10,21 @@ namespace spike {
 
 static_assert(PROMPT_CHUNK_BLOCKS <= SPIKE_SCHEDULE_CHUNK_BLOCKS, "see SPIKE_SCHEDULE_MAX_COUNTED");
 
+namespace {
+
+// Of a matrix, at most: no token goes to an expert twice.
+int64_t tokens_of(const ggml_tensor * op) {
+    return op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1];
+}
+
+} // namespace
+
 int64_t chunks_of(const ggml_tensor * op) {
     const int64_t n_inputs = op->src[0]->ne[0];
     if (!serves_few_tokens(op)) {
         return spike_chunks(n_inputs, PROMPT_CHUNK_BLOCKS);
     }
-    return spike_chunks(n_inputs, n_inputs < SHORT_INPUTS ? DECODE_SHORT_CHUNK_BLOCKS : DECODE_CHUNK_BLOCKS);
+    return spike_chunks(n_inputs, n_inputs < SHORT_INPUTS || tokens_of(op) > 1 ? DECODE_SHORT_CHUNK_BLOCKS : DECODE_CHUNK_BLOCKS);
 }
 
 work_layout layout_work(const ggml_tensor * op, int n_threads) {
@@ -23,6 +32,7 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_columns = ggml_nrows(op->src[1]);
     work_layout w;
     w.n_inputs   = n_inputs;
+    w.n_tokens   = tokens_of(op);
     w.n_chunks   = chunks_of(op);
     w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
     w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && form_of(op->src[0]) == weight_form::tiles;
@@ -40,7 +50,7 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     w.table   = w.lines + (size_t) (n_lines*n_inputs*SPIKE_TOKEN_LINE)*sizeof(int16_t);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
-    const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks) : prompt_scratch_size(n_inputs);
+    const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks, w.n_tokens) : prompt_scratch_size(n_inputs);
     w.scratch_per_thread = aligned(std::max(for_encoder, for_tiles));
     w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
     return w;

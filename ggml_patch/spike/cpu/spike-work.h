@@ -14,6 +14,7 @@ struct work_layout {
     size_t  scratch_per_thread;
     size_t  size;
     int64_t n_inputs;
+    int64_t n_tokens;   // of a matrix, at most
     int64_t n_chunks;   // of a train
     bool    own_encoding; // every thread encodes the one token for itself: sooner done than waiting for another thread
     size_t  train_size; // bytes from one train to the next
