@@ -3,7 +3,7 @@
 The time is that of a MUL_MAT in a graph, as llama.cpp runs it: the input is float32, its encoding counts.
 For one token the weights come from memory, as in a model: the graph multiplies copies of the matrix, one
 after the other, that take several last-level caches, each with an input of its own. For several tokens one
-copy is used again and again. A shape is rows x inputs.
+copy is used again and again (--from-memory changes that). A shape is rows x inputs.
 
 Activations are normal with some outlier channels. SPK4's silence threshold is set so that the shares of
 silent inputs are those of --silent-shares; rows state what was encoded.
@@ -99,7 +99,7 @@ class Row:
         silent_share, salient_share: of the encoded inputs; None but for SPK4.
         silent_target: the share of silent inputs that was asked for; None but for SPK4.
         read_share: weights read per second (without those of silent inputs), of the measured read
-            bandwidth; None unless they come from memory.
+            bandwidth; None unless they come from memory. Several tokens read all of them.
         add_share: one byte added per weight and spike, of the measured byte additions per second; None but
             for SPK4.
     """
@@ -206,6 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=DEFAULT_SILENT_SHARES,
         help="of SPK4's inputs; those after the first for one token only (%(default)s)",
     )
+    parser.add_argument(
+        "--from-memory",
+        type=positive,
+        default=1,
+        metavar="TOKENS",
+        help="weights come from memory for up to so many tokens (%(default)s)",
+    )
     parser.add_argument("-t", "--threads", type=counts, help="(1 and 2, as far as there are cores)")
     parser.add_argument("--types", type=names, default=DEFAULT_TYPES, help="(%(default)s)")
     parser.add_argument("-r", "--rounds", type=positive, help="(15, with --quick 5)")
@@ -252,7 +259,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict:
                 )
     places = {shape: place for place, shape in enumerate(options.shapes)}
     rows.sort(key=lambda row: (places[Shape(row["rows"], row["inputs"])], row["tokens"], row["threads"]))
-    settings = ("rounds", "sample_ms", "outlier_share", "outlier_factor", "silent_shares")
+    settings = ("rounds", "sample_ms", "outlier_share", "outlier_factor", "silent_shares", "from_memory")
     return {
         "settings": {name: getattr(options, name) for name in settings},
         "limits": limits,
@@ -279,8 +286,9 @@ def render(out: rich.console.Console, document: dict) -> None:
             f"{limit['byte_adds_per_s'] / 1e9:.0f} G byte additions/s",
             highlight=False,
         )
-    rounds = document["settings"]["rounds"]
-    out.print(f"Median of {rounds} rounds in turns; one token: weights from memory.", highlight=False)
+    rounds, most = document["settings"]["rounds"], document["settings"]["from_memory"]
+    tokens = "one token" if most == 1 else f"up to {most} tokens"
+    out.print(f"Median of {rounds} rounds in turns; {tokens}: weights from memory.", highlight=False)
     show_notes(out, document)
 
 
@@ -328,7 +336,8 @@ def _measure_case(
     """Rows of all types; limit: of the machine with the number of threads that compute."""
     threads = limit["threads"]
     x = _activations(tokens, shape.inputs, options.outlier_share, options.outlier_factor)
-    least_bytes = int(_CACHES_OF_COPIES * last_level_cache()) if tokens == 1 else 0
+    from_memory = tokens <= options.from_memory
+    least_bytes = int(_CACHES_OF_COPIES * last_level_cache()) if from_memory else 0
     shares = options.silent_shares if tokens == 1 else options.silent_shares[:1]
     with ExitStack() as stack:
         subjects, paths, codings, sizes = {}, {}, {}, {}
@@ -347,7 +356,7 @@ def _measure_case(
         ratio, low, high = ratios(seconds, measured[BASELINE_TYPE])
         median = statistics.median(seconds)
         firing = 1 - coding.silent_share if coding else 1.0
-        bytes_per_s = sizes[name] * firing / median
+        bytes_per_s = sizes[name] * (firing if tokens == 1 else 1.0) / median
         adds_per_s = shape.rows * shape.inputs * firing * tokens / median
         rows.append(
             Row(
@@ -358,7 +367,7 @@ def _measure_case(
                 type=kind,
                 path=paths[name],
                 isa=load().kernel if kind == SPIKE_TYPE else _compiled_features(load()),
-                weights_from="memory" if tokens == 1 else "cache",
+                weights_from="memory" if from_memory else "cache",
                 seconds=median,
                 seconds_min=min(seconds),
                 seconds_stdev=statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
@@ -369,7 +378,7 @@ def _measure_case(
                 silent_share=coding.silent_share if coding else None,
                 salient_share=coding.salient_share if coding else None,
                 silent_target=coding.silent_target if coding else None,
-                read_share=bytes_per_s / limit["read_bytes_per_s"] if tokens == 1 else None,
+                read_share=bytes_per_s / limit["read_bytes_per_s"] if from_memory else None,
                 add_share=adds_per_s / limit["byte_adds_per_s"] if coding else None,
             )
         )

@@ -422,17 +422,18 @@ void compute_few_tokens(const ggml_compute_params * params, const product & prod
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks, together);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
     const share own(layout, params); // of every matrix
-    const next_product none, next(w.own_encoding ? next_single_token_product() : nullptr, params);
+    const next_product none, next(next_product_of_few_tokens(), params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
         const job work_of = product.get_job(j);
         for (int64_t t0 = 0; t0 < work_of.n_tokens; t0 += together) {
+            const bool is_last = j + 1 == product.n_jobs() && t0 + together >= work_of.n_tokens;
             const token_group tokens = { scratch.tokens, std::min(work_of.n_tokens - t0, together) };
             for (int64_t t = 0; t < tokens.n; t++) {
                 const token tok = product.get_token(j, t0 + t);
                 scratch.tokens[t].train  = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
                 scratch.tokens[t].output = tok.output;
             }
-            compute_tiles(layout, (const uint8_t *) work_of.matrix, tokens, own, w.own_encoding ? next : none, scratch.runs);
+            compute_tiles(layout, (const uint8_t *) work_of.matrix, tokens, own, is_last ? next : none, scratch.runs);
         }
     }
 }
