@@ -1,10 +1,13 @@
-// One token: tiles side by side, chunk by chunk, and what comes next always on its way from memory.
+// Few tokens: tiles side by side, chunk by chunk, and what comes next always on its way from memory.
 //
-// A product of one token is bound by memory, which is read at full speed only if requests for lines come evenly and in the
+// A product of few tokens is bound by memory, which is read at full speed only if requests for lines come evenly and in the
 // order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
 // inputs are left out. So the work of a thread is a sequence of stages, one for each chunk of inputs, and while a stage
 // computes, the lines of the next one are requested, one for every so many places of its spike lists, with a part of the salient
 // weights; and with what follows the last chunk the first one of the next product.
+//
+// Several tokens meet the lines of a stage one after the other, so that these come from memory once. The first token goes with the
+// requests; they are for all inputs, of which hardly any is silent in all tokens.
 #include "spike-encoding.h"
 #include "spike-tiles.h"
 
@@ -291,7 +294,7 @@ class stage_list {
             uint32_t n_active;
             const uint16_t * active = spike_train_active(train, layout.n_inputs, chunk, &n_active);
             requests.append_lines(layout, packed, group, first, end, n_active, [&](int64_t e) { return active[e]; });
-        } else { // hardly any input is silent in all of them
+        } else {
             requests.append_lines(layout, packed, group, first, end, end - first, [&](int64_t e) { return first + e; });
         }
         chunk++;
@@ -394,7 +397,7 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const to
                 integrate_chunk(kernels, tokens.tokens[0], c, layout, packed, group, &ahead);
                 stages.leave(ahead);
             }
-            for (int64_t t = requests; t < tokens.n; t++) {
+            for (int64_t t = requests ? 1 : 0; t < tokens.n; t++) {
                 integrate_chunk(kernels, tokens.tokens[t], c, layout, packed, group, nullptr);
             }
         }

@@ -18,7 +18,9 @@ constexpr int64_t STORED_ROWS = 64, STORED_TOKENS = 32; // per unit of work on t
 void dot_stored_rows(const ggml_compute_params * params, const product & product, const ggml_tensor * src0, char * work, const work_layout & w) {
     const int64_t n_inputs = src0->ne[0], n_rows = src0->ne[1];
     const block_spka * blocks = (const block_spka *) (work + w.blocks);
-    for_each_unit(params, (unit_cursor *) (work + w.cursors), product, STORED_TOKENS, (n_rows + STORED_ROWS - 1)/STORED_ROWS, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
+    unit_cursor * cursors = (unit_cursor *) (work + w.cursors);
+    const int64_t row_blocks = (n_rows + STORED_ROWS - 1)/STORED_ROWS;
+    for_each_unit(params, cursors, product, STORED_TOKENS, row_blocks, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
         const char * matrix = (const char *) product.get_job(j).matrix;
         const int64_t r1 = std::min(n_rows, (row_block + 1)*STORED_ROWS);
         for (int64_t t = t0; t < t0 + n_tokens; t++) {

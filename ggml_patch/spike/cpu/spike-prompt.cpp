@@ -287,7 +287,8 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     const bool routed = op->op == GGML_OP_MUL_MAT_ID;
     prompt_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
-    for_each_unit(params, (unit_cursor *) (work + w.cursors), product, w.tokens_per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
+    unit_cursor * cursors = (unit_cursor *) (work + w.cursors);
+    for_each_unit(params, cursors, product, w.tokens_per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
         token_block tokens;
         tokens.n = n_tokens;
         for (int64_t t = 0; t < n_tokens; t++) {

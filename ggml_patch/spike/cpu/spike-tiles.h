@@ -1,4 +1,4 @@
-// Products of repacked weights, tile by tile: what prompts and single tokens have in common.
+// Products of repacked weights, tile by tile: what prompts and few tokens have in common.
 #pragma once
 
 #include "spike-kernels.h"
@@ -8,7 +8,7 @@
 namespace spike {
 
 constexpr int64_t DECODE_CHUNK_BLOCKS = 2;  // a strip's lines of three such chunks (384 KB) stay in the second-level cache
-constexpr int64_t DECODE_SHORT_CHUNK_BLOCKS = 3; // of short inputs: matrices of few chunks, and usually of narrow strips
+constexpr int64_t DECODE_SHORT_CHUNK_BLOCKS = 3; // of short inputs (few chunks, and usually narrow strips) and of several tokens (longer lists)
 constexpr int64_t SHORT_INPUTS        = 1024;
 constexpr int64_t PROMPT_CHUNK_BLOCKS = 12; // a tile's lines fill six of eight ways of the second-level cache's sets that a full strip leaves them
 

@@ -45,7 +45,8 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const bool dense = op->op == GGML_OP_MUL_MAT && !serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
     w.tokens_per_unit = tokens_per_unit(op, n_threads);
     w.units_per_job   = (op->src[1]->ne[1] + w.tokens_per_unit - 1)/w.tokens_per_unit;
-    w.lines_per_unit  = dense && goes_by_lines(op->src[1]->ne[1]) ? (std::min(w.tokens_per_unit, op->src[1]->ne[1]) + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
+    const int64_t in_unit = std::min(w.tokens_per_unit, op->src[1]->ne[1]);
+    w.lines_per_unit  = dense && goes_by_lines(op->src[1]->ne[1]) ? (in_unit + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
     const int64_t n_lines = w.units_per_job*op->src[1]->ne[2]*op->src[1]->ne[3]*w.lines_per_unit;
     w.table   = w.lines + (size_t) (n_lines*n_inputs*SPIKE_TOKEN_LINE)*sizeof(int16_t);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
