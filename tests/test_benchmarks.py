@@ -100,12 +100,14 @@ def test_matmul(tmp_path: Path) -> None:
             assert row["path"] == "CPU_REPACK" or "avx2" not in document["host"]["features"]
 
 
-def test_matmul_of_one_token_takes_weights_from_memory(tmp_path: Path) -> None:
+def test_matmul_takes_weights_from_memory_for_one_token_or_as_many_as_asked_for(tmp_path: Path) -> None:
     options = (
         "--shapes",
         "1024x1024",
         "--tokens",
-        "1",
+        "1,2,3",
+        "--from-memory",
+        "2",
         "-t",
         "1",
         "-r",
@@ -117,9 +119,13 @@ def test_matmul_of_one_token_takes_weights_from_memory(tmp_path: Path) -> None:
     )
     document = document_of("matmul", tmp_path, *options)
     rows = document["rows"]
-    assert [row["type"] for row in rows] == ["q4_0", "spk4", "spk4"], "one for each share of silent inputs"
-    assert [row["silent_target"] for row in rows[1:]] == [0.15, 0.38]
-    assert all(row["weights_from"] == "memory" and row["read_share"] > 0 for row in rows)
+    kinds = {1: ["q4_0", "spk4", "spk4"], 2: ["q4_0", "spk4"], 3: ["q4_0", "spk4"]}
+    assert [(row["tokens"], row["type"]) for row in rows] == [(t, kind) for t in kinds for kind in kinds[t]]
+    assert [row["silent_target"] for row in rows[1:3]] == [0.15, 0.38], (
+        "one row for each share of silent inputs"
+    )
+    assert [row["weights_from"] for row in rows] == ["memory"] * 5 + ["cache"] * 2
+    assert all((row["read_share"] or 0) > 0 for row in rows[:5]) and rows[5]["read_share"] is None
     (limit,) = document["limits"]
     assert limit["threads"] == 1 and limit["byte_adds_per_s"] > limit["read_bytes_per_s"] > 0
 
