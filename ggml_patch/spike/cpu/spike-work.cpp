@@ -30,28 +30,32 @@ int64_t chunks_of(const ggml_tensor * op) {
 work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const int64_t n_inputs  = op->src[0]->ne[0];
     const int64_t n_columns = ggml_nrows(op->src[1]);
-    work_layout w;
+    const bool few   = serves_few_tokens(op);
+    const bool tiles = form_of(op->src[0]) == weight_form::tiles;
+    work_layout w = {};
     w.n_inputs   = n_inputs;
     w.n_tokens   = tokens_of(op);
     w.n_chunks   = chunks_of(op);
-    w.train_size = serves_few_tokens(op) ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
-    w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && form_of(op->src[0]) == weight_form::tiles;
+    w.train_size = few ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
+    w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && tiles;
     const int64_t n_encoded = w.own_encoding ? n_threads : n_columns;
     w.cursors = aligned((size_t) n_threads*OTHERS_WORK);
     w.blocks  = w.cursors + (size_t) n_threads*sizeof(unit_cursor);
     w.trains  = w.blocks + aligned((size_t) n_encoded*(size_t) (n_inputs/QK_SPK)*sizeof(block_spka));
     w.lines   = w.trains + (size_t) n_encoded*w.train_size;
+    if (!few) {
+        w.tokens_per_unit = tokens_per_unit(op, n_threads);
+    }
     // the tokens of a matrix follow each other, unless they are routed
-    const bool dense = op->op == GGML_OP_MUL_MAT && !serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
-    w.tokens_per_unit = tokens_per_unit(op, n_threads);
-    w.units_per_job   = (op->src[1]->ne[1] + w.tokens_per_unit - 1)/w.tokens_per_unit;
-    const int64_t in_unit = std::min(w.tokens_per_unit, op->src[1]->ne[1]);
-    w.lines_per_unit  = dense && goes_by_lines(op->src[1]->ne[1]) ? (in_unit + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE : 0;
+    if (op->op == GGML_OP_MUL_MAT && !few && tiles && goes_by_lines(w.n_tokens)) {
+        w.units_per_job  = (w.n_tokens + w.tokens_per_unit - 1)/w.tokens_per_unit;
+        w.lines_per_unit = (std::min(w.tokens_per_unit, w.n_tokens) + SPIKE_TOKEN_LINE - 1)/SPIKE_TOKEN_LINE;
+    }
     const int64_t n_lines = w.units_per_job*op->src[1]->ne[2]*op->src[1]->ne[3]*w.lines_per_unit;
     w.table   = w.lines + (size_t) (n_lines*n_inputs*SPIKE_TOKEN_LINE)*sizeof(int16_t);
     w.scratch = w.table + (op->op == GGML_OP_MUL_MAT_ID ? routed_product::table_size(op) : 0);
     const size_t for_encoder = 2*(size_t) n_inputs*sizeof(float);
-    const size_t for_tiles   = serves_few_tokens(op) ? decode_scratch_size(n_inputs, w.n_chunks, w.n_tokens) : prompt_scratch_size(n_inputs);
+    const size_t for_tiles   = few ? decode_scratch_size(n_inputs, w.n_chunks, w.n_tokens) : prompt_scratch_size(n_inputs);
     w.scratch_per_thread = aligned(std::max(for_encoder, for_tiles));
     w.size = w.scratch + (size_t) n_threads*w.scratch_per_thread + ALIGNMENT;
     return w;

@@ -1,5 +1,5 @@
 // NEON (AdvSIMD of aarch64) for many tokens.
-#include "spike/cpu/spike-prompt-kernels.h"
+#include "spike/cpu/spike-salient-lines.h"
 
 #include <arm_neon.h>
 #include <string.h>
@@ -149,7 +149,6 @@ static void transpose_values(const int8_t * const fine[8], const int8_t * const 
 static const int16_t USED[4]    = { 0, -1, -1, 0 };
 static const int16_t FLIPPED[4] = { 0, 0, -1, 0 };
 
-// n_tokens is known when this is compiled.
 SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int n_tokens, int64_t stride,
                                int32_t * potential) {
     const int vectors = n_tokens/8;
@@ -193,15 +192,6 @@ SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const i
                 own += stride;
             }
         }
-    }
-}
-
-static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
-                              int32_t * potential) {
-    if (n_tokens == SPIKE_TOKENS_AT_ONCE) {
-        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKENS_AT_ONCE, stride, potential);
-    } else {
-        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential);
     }
 }
 

@@ -1,7 +1,7 @@
 // Lines of tokens: how AVX2 adds the salient weights of many tokens.
 #pragma once
 
-#include "spike/cpu/spike-prompt-kernels.h"
+#include "spike/cpu/spike-salient-lines.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -65,7 +65,6 @@ SPIKE_INLINE void add_transposed(const int16_t sums[8][SPIKE_TOKEN_LINE], int n_
 // The weights of so many blocks of a row to its sums; the including file has it.
 SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int n_tokens, int16_t sums[SPIKE_TOKEN_LINE]);
 
-// n_tokens is known when this is compiled.
 SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int n_tokens, int64_t stride,
                                int32_t * potential) {
     enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
@@ -88,14 +87,5 @@ SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const i
         for (int row = 0; row < NEAR_ROWS; row += 8) {
             add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, n_tokens, stride, potential + row0 + row);
         }
-    }
-}
-
-static void add_salient_lines(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int64_t n_tokens, int64_t stride,
-                              int32_t * potential) {
-    if (n_tokens == SPIKE_TOKENS_AT_ONCE) {
-        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKENS_AT_ONCE, stride, potential);
-    } else {
-        add_lines_of(salients, n_rows, values, n_blocks, SPIKE_TOKEN_LINE, stride, potential);
     }
 }
