@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import STRING, U32, text, value
 
 from spikequant_gguf import evaluation
 from spikequant_gguf.errors import InputError
 from spikequant_gguf.evaluation import Model
-from spikequant_gguf.format import BLOCK_SPK4, TYPE_SPK4, blocks_from_bytes, blocks_to_bytes, salient_slots
+from spikequant_gguf.format import (
+    BLOCK_SPK4,
+    KEY_VERSION,
+    TYPE_SPK4,
+    blocks_from_bytes,
+    blocks_to_bytes,
+    salient_slots,
+)
 from spikequant_gguf.ggml_api import MatMul
 from spikequant_gguf.gguf_header import TensorInfo, read_header
 from spikequant_gguf.llama_log import collect_errors
@@ -167,6 +176,46 @@ def test_the_loader_names_the_fault(
         Model(damaged)
     assert caught.value.message.count(place) == 1
     assert f"tensor '{tensor.name}' holds damaged spike data" in caught.value.message
+
+
+def with_version(path: Path, kind: int, version: bytes) -> bytes:
+    """The file with a version of the spike format in its metadata, which has none."""
+    data = path.read_bytes()
+    added = value(KEY_VERSION, kind, version)
+    added += value("padding", STRING, text("." * (-len(added + value("padding", STRING, text(""))) % 32)))
+    (n_values,) = struct.unpack_from("<Q", data, 16)
+    return data[:16] + struct.pack("<Q", n_values + 2) + added + data[24:]  # data stays aligned to 32 bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "known"),
+    [
+        (U32, b"\2\0\0\0", True),
+        (U32, b"\1\0\0\0", False),
+        (U32, b"\3\0\0\0", False),
+        (STRING, text("2"), False),
+    ],
+)
+def test_other_versions_of_the_format_are_refused(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: int,
+    version: bytes,
+    known: bool,
+) -> None:
+    monkeypatch.setattr(evaluation, "check_model_file", lambda path: None)  # which would find it first
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_version(tiny_models["spk4"], kind, version))
+    if not known:
+        with pytest.raises(
+            InputError, match="another version of the spike format than 2, .* convert the model"
+        ):
+            Model(path)
+        return
+    with Model(path) as model, Model(tiny_models["spk4"]) as original:  # which is of this version, too
+        same = [each.decode([1, 5, 9], 0, outputs=1).copy() for each in (model, original)]
+    assert np.array_equal(*same)
 
 
 def mapped_bytes(path: Path) -> int:

@@ -15,6 +15,8 @@
 #    endif
 #endif
 
+#define SPIKE_FORMAT_VERSION 2 // spikequant.version in a file's metadata
+
 #define QK_SPK 64            // inputs per block: also the size of the rotation
 #define SPIKE_SALIENT_SLOTS 4 // salient weights per block, at most
 #define SPIKE_HEADER_SLOTS  2 // of them whose bytes are the row's header in the first block of a row

@@ -1,10 +1,15 @@
-// Encoder settings of a tensor: read from the model's metadata, carried in the weight tensor's op_params, which no
-// operation uses for a weight. Zero there means the default.
+// What the model's metadata says: the version of the format, and encoder settings of a tensor. These are carried in the weight
+// tensor's op_params, which no operation uses for a weight. Zero there means the default.
 #include "spike.h"
 
 #include "gguf.h"
 
 #include <string.h>
+
+bool spike_version_is_known(const struct gguf_context * metadata) {
+    const int64_t id = metadata ? gguf_find_key(metadata, "spikequant.version") : -1;
+    return id < 0 || (gguf_get_kv_type(metadata, id) == GGUF_TYPE_UINT32 && gguf_get_val_u32(metadata, id) == SPIKE_FORMAT_VERSION);
+}
 
 static float setting_at(const struct gguf_context * metadata, const char * key, size_t index) {
     const int64_t id = gguf_find_key(metadata, key);

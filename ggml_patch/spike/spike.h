@@ -117,8 +117,11 @@ GGML_API void dequantize_row_spka(const block_spka * x, float * y, int64_t k);
 // Unpacks a block to integer values in units of the step (fine) and of step * 2^shift (coarse); one of the two is 0.
 GGML_API void spike_activation_values(const block_spka * x, int8_t fine[QK_SPK], int8_t coarse[QK_SPK]);
 
-// Puts the thresholds that the metadata names for a weight tensor into its op_params: salience, silence (f32).
+// Whether the metadata names SPIKE_FORMAT_VERSION as the version of the spike data, or none.
 struct gguf_context;
+GGML_API bool spike_version_is_known(const struct gguf_context * metadata);
+
+// Puts the thresholds that the metadata names for a weight tensor into its op_params: salience, silence (f32).
 GGML_API void spike_apply_encoder_settings(const struct gguf_context * metadata, struct ggml_tensor * weights);
 
 // ---- validation (spike-validate.c): every bit pattern is valid or rejected

@@ -47,6 +47,7 @@ std::vector<float> product(const gguf_context * file, const ggml_tensor * meta, 
     context_ptr weights_context = new_context();
     ggml_tensor * weights = ggml_dup_tensor(weights_context.get(), meta);
     ggml_set_name(weights, meta->name);
+    (void) spike_version_is_known(file); // of any kind of value
     spike_apply_encoder_settings(file, weights);
     buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(weights_context.get(), buffer_type));
     ggml_backend_tensor_set(weights, bytes, 0, ggml_nbytes(weights));

@@ -21,6 +21,8 @@ constexpr int64_t  MOST_TOGETHER  = 8;    // tokens
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_FIRST + 4*MAX_STAGE_RUNS; // few, so that the list stays near
 
+int64_t count_together(int64_t n_tokens) { return std::min(n_tokens, MOST_TOGETHER); }
+
 // Tiles that a thread computes together: neighbours in a strip, and a matrix's half tile with the last of them.
 struct tile_group {
     int64_t first_tile, n_whole;
@@ -416,12 +418,12 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const to
 } // namespace
 
 size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks, int64_t n_tokens) {
-    return decode_scratch(nullptr, n_inputs, n_chunks, std::min(n_tokens, MOST_TOGETHER)).size;
+    return decode_scratch(nullptr, n_inputs, n_chunks, count_together(n_tokens)).size;
 }
 
 void compute_few_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
     const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
-    const int64_t together = std::min(w.n_tokens, MOST_TOGETHER);
+    const int64_t together = count_together(w.n_tokens);
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks, together);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
     const share own(layout, params); // of every matrix
