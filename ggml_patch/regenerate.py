@@ -236,8 +236,8 @@ def _fit(
     """Text of a hunk with as much context as fits every release; the hunk is added to ``change``."""
     old, new = unidiff.split_lines(before), unidiff.split_lines(after)
     contents = [unidiff.split_lines(release.files.get(change.path, b"")) for release in neighbours]
-    for lead, trail in _CONTEXTS:
-        trimmed = _trim(group, lead, trail)
+    for moved, (lead, trail) in itertools.product((group, _moved_down(group, old, new)), _CONTEXTS):
+        trimmed = _trim(moved, lead, trail)
         hunk = _hunk(old, new, trimmed)
         trial = unidiff.FilePatch(change.path, change.creates, [*change.hunks, hunk])
         at_home = unidiff.place_hunks(old, trial)[-1] == max(hunk.start - 1, 0)
@@ -249,6 +249,22 @@ def _fit(
         f"no context of the hunk of {change.path} at line {group[0][1] + 1} fits {versions}, too",
         "hook another place, or take a neighbour that differs out of UPSTREAM.toml",
     )
+
+
+def _moved_down(group: _Group, old: list[bytes], new: list[bytes]) -> _Group:
+    """The same change with its only insertion as far down as equal lines let it, as git has it; else the group."""
+    inserted = [each for each in group if each[0] != "equal"]
+    if len(inserted) != 1 or inserted[0][0] != "insert":
+        return group
+    (_, at, _, first, end) = inserted[0]
+    while at < len(old) and old[at] == new[first]:
+        at, first, end = at + 1, first + 1, end + 1
+    lead, trail = min(at, _CONTEXT), min(len(old) - at, _CONTEXT)
+    return [
+        ("equal", at - lead, at, first - lead, first),
+        ("insert", at, at, first, end),
+        ("equal", at, at + trail, end, end + trail),
+    ]
 
 
 def _trim(group: _Group, lead: int, trail: int) -> _Group:

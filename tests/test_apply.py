@@ -520,6 +520,40 @@ def test_hunks_get_the_context_that_neighbours_share(regeneration: Regeneration)
         text(before.replace(b"line 20\n", b"").replace(b"line 21\n", b""))
 
 
+def test_an_insertion_that_could_stand_higher_or_lower_stands_where_it_fits(
+    regeneration: Regeneration,
+) -> None:
+    """Its first lines are those behind it, so that difflib takes their place for that of the change."""
+    regeneration.apply()
+    check = "if (!ok) {\n    break;\n}\n"
+    before = f"old\n{check}\nthen\n".encode()
+    edited = f"old\n{check}\nif (!ok) {{\n    report;\n    break;\n}}\n\nthen\n".encode()
+    other = before.replace(b"old\n", b"older\n")
+    patch = regenerate._Patch(Path("x"), "", {"file": (before, edited)})
+    neighbour = Upstream("llama-cpp-python", "0.3.35", "x", "", "", "", SPIKE, {})
+    releases = [regenerate._Neighbour(neighbour, {"file": other})]
+    [change] = unidiff.parse(regenerate._format(patch, releases), "x")
+    assert unidiff.apply_hunks(before, change, "x") == edited
+    assert releases[0].files["file"] == edited.replace(b"old\n", b"older\n")
+
+
+def test_the_real_series_is_what_its_tree_gives(tmp_path: Path) -> None:
+    """So that whoever edits a patched tree gets patches of that alone."""
+    upstream, *others = load_releases()
+    try:
+        files = touched_files(upstream)
+        neighbours = [regenerate._Neighbour(each, touched_files(each)) for each in others]
+    except BuildError as error:
+        pytest.skip(f"a release is neither cached nor to be had: {error.message}")
+    hooks: dict[str, bytes] = {}
+    for patch in PatchSource().patches():
+        for change in unidiff.parse(patch.read_bytes(), patch.name):
+            before = hooks.get(change.path, files.get(change.path, b""))
+            hooks[change.path] = unidiff.apply_hunks(before, change, patch.name)
+    for patch in regenerate._assign(PatchSource(), files, hooks, None):
+        assert regenerate._format(patch, neighbours) == patch.file.read_bytes()
+
+
 def touched_files(upstream: Upstream) -> dict[str, bytes]:
     """Those files of a source package that the series touches, and its version; downloaded once."""
     sdist = find_sdist(open_cache(), upstream, None, SilentProgress())
