@@ -59,16 +59,20 @@ class Importance:
         An expert that saw no token gets ones.
 
         Raises:
-            InputError: values are not finite or negative.
+            InputError: values or the number of tokens are not finite or negative.
         """
         entry = self._entries.get(name)
         if entry is None:
             return None
         sums = np.asarray(entry.sums[matrix * n_in : (matrix + 1) * n_in], np.float32)
-        count = np.rint(entry.counts[matrix if len(entry.counts) > 1 else 0])
-        with np.errstate(all="ignore"):  # what is not finite then is refused below
-            values = sums / count if count > 0 else np.ones(n_in, np.float32)
-        if len(values) != n_in or not (np.isfinite(values) & (values >= 0)).all():
+        count = entry.counts[matrix if len(entry.counts) > 1 else 0]
+        sound = len(sums) == n_in and np.isfinite(count) and count >= 0
+        if sound:
+            count = np.rint(count)
+            with np.errstate(all="ignore"):  # what is not finite then is refused below
+                values = sums / count if count > 0 else np.ones(n_in, np.float32)
+            sound = (np.isfinite(values) & (values >= 0)).all()
+        if not sound:
             raise InputError(
                 f"{self.path}: the values of tensor '{name}' are not all finite and 0 or more", _REMEDY
             )

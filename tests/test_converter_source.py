@@ -516,6 +516,10 @@ def test_importance_must_be_finite(tmp_path, bad):
     assert found.of("e", 0, 64) is not None
     with pytest.raises(InputError, match="tensor 'e'"):
         found.of("e", 1, 64)
+    counted = read_importance(write_imatrix(tmp_path / "i.gguf", {"e": (SUMS, np.array([1, bad]))}))
+    assert counted.of("e", 0, 64) is not None
+    with pytest.raises(InputError, match="tensor 'e'"):
+        counted.of("e", 1, 64)
 
 
 # ---- names of the output
