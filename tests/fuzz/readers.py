@@ -1,4 +1,4 @@
-"""readers.py SEED COUNT [SECONDS]: damaged files for every Python reader. Success or SpikeQuantError.
+"""readers.py SEED COUNT [SECONDS]: damaged files for every Python reader. Success or SpikeQuantError, and no warning.
 
 The system limits memory to what the process needs before it begins, and 64 MB: a reader that wants more for a
 file of a few kilobytes fails. The file that a reader fell over is kept in the current folder. PYTHONPATH is
@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -119,4 +120,5 @@ def _limit_memory() -> None:
 
 if __name__ == "__main__":
     seconds = float(sys.argv[3]) if len(sys.argv) > 3 else float("inf")
+    warnings.simplefilter("error", RuntimeWarning)  # NumPy's, of numbers that nobody thought of
     print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]), seconds)))
