@@ -252,7 +252,7 @@ def _fit(
 
 
 def _moved_down(group: _Group, old: list[bytes], new: list[bytes]) -> _Group:
-    """The same change with its only insertion as far down as equal lines let it, as git has it; else the group."""
+    """The change with its only insertion as far down as equal lines let it, as git does; else the group."""
     inserted = [each for each in group if each[0] != "equal"]
     if len(inserted) != 1 or inserted[0][0] != "insert":
         return group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -192,6 +193,10 @@ def test_options_are_checked(tiny_models: dict[str, Path]) -> None:
         energy(tiny_models["spk4"], options=MeasureOptions(repeats=4))
     with pytest.raises(InputError, match="both q4_0"):
         energy([tiny_models["spk4"], tiny_models["q4_0"], tiny_models["q4_0"]])
+    for name in ("seconds", "idle_seconds", "settle_seconds"):
+        for value in (-1.0, math.nan, math.inf):
+            with pytest.raises(InputError, match="seconds"):
+                energy(tiny_models["spk4"], options=MeasureOptions(**{name: value}))
 
 
 def test_a_spoiled_sample_is_repeated(tiny_models: dict[str, Path], tiny_text: Path) -> None:

@@ -6,6 +6,7 @@ package: attention, output and everything else beside the linear layers, and wha
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,10 @@ class MeasureOptions:
         """Raises InputError."""
         if self.repeats < LEAST_REPEATS:
             raise InputError(f"{self.repeats} repeats show no spread", f"give {LEAST_REPEATS} or more")
-        if min(self.seconds, self.idle_seconds) <= 0 or self.settle_seconds < 0:
-            raise InputError("samples must last longer than no time", "give positive seconds")
+        if not (0 < self.seconds < math.inf and 0 < self.idle_seconds < math.inf):
+            raise InputError("samples take positive seconds, and end", "give about 3")
+        if not 0 <= self.settle_seconds < math.inf:
+            raise InputError(f"{self.settle_seconds} seconds cannot be waited", "give 0 or more")
 
 
 @dataclass(frozen=True)

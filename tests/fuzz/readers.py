@@ -1,4 +1,5 @@
-"""readers.py SEED COUNT [SECONDS]: damaged files for every Python reader. Success or SpikeQuantError, and no warning.
+"""readers.py SEED COUNT [SECONDS]: damaged files for every Python reader: success or SpikeQuantError, and no
+warning.
 
 The system limits memory to what the process needs before it begins, and 64 MB: a reader that wants more for a
 file of a few kilobytes fails. The file that a reader fell over is kept in the current folder. PYTHONPATH is
