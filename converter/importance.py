@@ -66,17 +66,15 @@ class Importance:
             return None
         sums = np.asarray(entry.sums[matrix * n_in : (matrix + 1) * n_in], np.float32)
         count = entry.counts[matrix if len(entry.counts) > 1 else 0]
-        sound = len(sums) == n_in and np.isfinite(count) and count >= 0
-        if sound:
+        if len(sums) == n_in and np.isfinite(count) and count >= 0:
             count = np.rint(count)
-            with np.errstate(all="ignore"):  # what is not finite then is refused below
+            with np.errstate(all="ignore"):  # what is not finite then is refused
                 values = sums / count if count > 0 else np.ones(n_in, np.float32)
-            sound = (np.isfinite(values) & (values >= 0)).all()
-        if not sound:
-            raise InputError(
-                f"{self.path}: the values of tensor '{name}' are not all finite and 0 or more", _REMEDY
-            )
-        return values
+            if (np.isfinite(values) & (values >= 0)).all():
+                return values
+        raise InputError(
+            f"{self.path}: the values of tensor '{name}' are not all finite and 0 or more", _REMEDY
+        )
 
     def check(self, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Checks sizes before any work is done.

@@ -497,20 +497,25 @@ def test_a_deleted_file_cannot_be_expressed(regeneration: Regeneration) -> None:
         regeneration.regenerate()
 
 
-def test_hunks_get_the_context_that_neighbours_share(regeneration: Regeneration) -> None:
+def formatted(before: bytes, edited: bytes, other: bytes) -> tuple[str, bytes]:
+    """The patch of a file, which gives the edited one, and another release's file with it applied."""
+    patch = regenerate._Patch(Path("x"), "", {"file": (before, edited)})
+    neighbour = Upstream("llama-cpp-python", "0.3.35", "x", "", "", "", SPIKE, {})
+    releases = [regenerate._Neighbour(neighbour, {"file": other})]
+    made = regenerate._format(patch, releases).decode()
+    [change] = unidiff.parse(made.encode(), "x")
+    assert unidiff.apply_hunks(before, change, "x") == edited
+    return made, releases[0].files["file"]
+
+
+def test_hunks_get_the_context_that_neighbours_share() -> None:
     """Lines that another release lacks are no context; a hunk without a place there is refused by name."""
-    regeneration.apply()
     before = "".join(LINES).encode()
     edited = before.replace(b"line 20\n", b"line 20\nnew hook\n")
-    neighbour = Upstream("llama-cpp-python", "0.3.35", "x", "", "", "", SPIKE, {})
 
     def text(other: bytes) -> str:
-        patch = regenerate._Patch(Path("x"), "", {"file": (before, edited)})
-        releases = [regenerate._Neighbour(neighbour, {"file": other})]
-        made = regenerate._format(patch, releases).decode()
-        assert b"new hook" in releases[0].files["file"]
-        [change] = unidiff.parse(made.encode(), "x")
-        assert unidiff.apply_hunks(before, change, "x") == edited
+        made, patched = formatted(before, edited, other)
+        assert b"new hook" in patched
         return made
 
     assert "@@ -19,6 +19,7 @@ line 17\n line 18\n line 19\n line 20\n+new hook\n line 21\n" in text(before)
@@ -520,38 +525,13 @@ def test_hunks_get_the_context_that_neighbours_share(regeneration: Regeneration)
         text(before.replace(b"line 20\n", b"").replace(b"line 21\n", b""))
 
 
-def test_an_insertion_that_could_stand_higher_or_lower_stands_where_it_fits(
-    regeneration: Regeneration,
-) -> None:
+def test_an_insertion_that_could_stand_higher_or_lower_stands_where_it_fits() -> None:
     """Its first lines are those behind it, so that difflib takes their place for that of the change."""
-    regeneration.apply()
     check = "if (!ok) {\n    break;\n}\n"
     before = f"old\n{check}\nthen\n".encode()
     edited = f"old\n{check}\nif (!ok) {{\n    report;\n    break;\n}}\n\nthen\n".encode()
-    other = before.replace(b"old\n", b"older\n")
-    patch = regenerate._Patch(Path("x"), "", {"file": (before, edited)})
-    neighbour = Upstream("llama-cpp-python", "0.3.35", "x", "", "", "", SPIKE, {})
-    releases = [regenerate._Neighbour(neighbour, {"file": other})]
-    [change] = unidiff.parse(regenerate._format(patch, releases), "x")
-    assert unidiff.apply_hunks(before, change, "x") == edited
-    assert releases[0].files["file"] == edited.replace(b"old\n", b"older\n")
-
-
-def test_the_real_series_is_what_its_tree_gives(tmp_path: Path) -> None:
-    """So that whoever edits a patched tree gets patches of that alone."""
-    upstream, *others = load_releases()
-    try:
-        files = touched_files(upstream)
-        neighbours = [regenerate._Neighbour(each, touched_files(each)) for each in others]
-    except BuildError as error:
-        pytest.skip(f"a release is neither cached nor to be had: {error.message}")
-    hooks: dict[str, bytes] = {}
-    for patch in PatchSource().patches():
-        for change in unidiff.parse(patch.read_bytes(), patch.name):
-            before = hooks.get(change.path, files.get(change.path, b""))
-            hooks[change.path] = unidiff.apply_hunks(before, change, patch.name)
-    for patch in regenerate._assign(PatchSource(), files, hooks, None):
-        assert regenerate._format(patch, neighbours) == patch.file.read_bytes()
+    _, patched = formatted(before, edited, before.replace(b"old\n", b"older\n"))
+    assert patched == edited.replace(b"old\n", b"older\n")
 
 
 def touched_files(upstream: Upstream) -> dict[str, bytes]:
@@ -568,14 +548,33 @@ def touched_files(upstream: Upstream) -> dict[str, bytes]:
         return {member.name.removeprefix(top): archive.extractfile(member).read() for member in members}
 
 
+def touched_files_or_skip(upstream: Upstream) -> dict[str, bytes]:
+    """The same; without a neighbour the test is skipped, without the pin it fails."""
+    try:
+        return touched_files(upstream)
+    except BuildError as error:
+        assert upstream != load_upstream(), f"{error.message}: run `spikequant build`"
+        pytest.skip(f"{upstream.sdist} is neither cached nor to be had: {error.message}")
+
+
 @pytest.fixture(scope="module", params=load_releases(), ids=lambda upstream: upstream.version)
 def release(request: pytest.FixtureRequest) -> tuple[Upstream, dict[str, bytes]]:
     """The pin and each of its neighbours, with the files that the series touches."""
-    try:
-        return request.param, touched_files(request.param)
-    except BuildError as error:
-        assert request.param != load_upstream(), f"{error.message}: run `spikequant build`"
-        pytest.skip(f"{request.param.sdist} is neither cached nor to be had: {error.message}")
+    return request.param, touched_files_or_skip(request.param)
+
+
+def test_the_real_series_is_what_its_tree_gives() -> None:
+    """So that whoever edits a patched tree gets patches of that alone."""
+    upstream, *others = load_releases()
+    files = touched_files_or_skip(upstream)
+    neighbours = [regenerate._Neighbour(each, touched_files_or_skip(each)) for each in others]
+    hooks: dict[str, bytes] = {}
+    for patch in PatchSource().patches():
+        for change in unidiff.parse(patch.read_bytes(), patch.name):
+            before = hooks.get(change.path, files.get(change.path, b""))
+            hooks[change.path] = unidiff.apply_hunks(before, change, patch.name)
+    for patch in regenerate._assign(PatchSource(), files, hooks, None):
+        assert regenerate._format(patch, neighbours) == patch.file.read_bytes()
 
 
 def test_the_real_series_applies_to_every_release_and_comes_off(
