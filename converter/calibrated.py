@@ -12,13 +12,14 @@ import ctypes
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 import spikequant_gguf
-from spikequant_gguf.errors import InputError
+from spikequant_gguf.errors import InputError, UnsupportedError
 from spikequant_gguf.evaluation import Model
 from spikequant_gguf.files import file_sha256
 from spikequant_gguf.format import BLOCK_SPK4, QK_SPK, TYPE_SPK4, blocks_to_bytes
@@ -27,7 +28,7 @@ from spikequant_gguf.native import NativeLibrary, bind, load
 from spikequant_gguf.rotation import rotate
 from spikequant_gguf.texts import Text, default_calibration_text
 
-from .estimate import Estimate, default_chunks, estimate
+from .estimate import DEFAULT_MEMORY, Estimate, default_chunks, estimate
 from .experts import calibrate_experts, expert_tensors
 from .inputs import moments, survey
 from .layer_journal import LayerJournal
@@ -37,6 +38,7 @@ from .presets import PRESETS, Preset, SiteEncoder, average_share, choose_salienc
 from .progress import CALIBRATE, Progress
 from .quantize import DirectQuantizer, Workers, measure
 from .recipe import Calibrate, EncoderSettings, Recipe, Scaling, TensorStatistics, Transform
+from .sensitivity import GradientModel, Sensitivity, sensitivity_chunks, sensitivity_cost
 from .smoothing import fold, scaling_factors
 from .source import Source
 from .structure import Site, find_sites
@@ -65,6 +67,9 @@ class CalibrationOptions:
         damping: added to the diagonal of the moments, as a share of its mean.
         correction: share of the predictable deviation of a layer's inputs that its weights make up for.
         smoothing: scale channels before quantization, where the architecture's structure is known.
+        sensitivity: measure how much errors of each layer matter; None for where transformers can compute the
+            model and that takes no more than DEFAULT_MEMORY.
+        output_damping: added to the diagonal of the moments of gradients, as a share of its mean.
         journal: file that keeps finished layers, so that an interrupted conversion can go on; None for none.
         announce: called with an estimate before the long part begins.
     """
@@ -80,6 +85,8 @@ class CalibrationOptions:
     damping: float = 0.2
     correction: float = 0.25
     smoothing: bool = True
+    sensitivity: bool | None = None
+    output_damping: float = 0.3
     journal: Path | None = None
     announce: Callable[[Estimate], None] | None = None
 
@@ -111,13 +118,14 @@ class _NativeOptions(ctypes.Structure):
         ("rotated", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
         ("correction", ctypes.c_float),
+        ("output_damping", ctypes.c_float),
     ]
 
 
 _FUNCTION = {
     "spike_quantize_calibrated": (
         ctypes.c_bool,
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         + (ctypes.POINTER(_NativeOptions), ctypes.c_void_p, ctypes.c_void_p),
     )
 }
@@ -166,6 +174,7 @@ class _LayerQuantizer:
         factors: scaling of the inputs of a site, where there is one.
         transforms: of the tensors, see Recipe.
         encoders: of the sites.
+        sensitivity: of the layers, or None.
         journal: for what is finished.
         report: called after each site with its name.
     """
@@ -178,6 +187,7 @@ class _LayerQuantizer:
         factors: Mapping[Site, NDArray[np.float32]],
         transforms: Mapping[str, Transform],
         encoders: Mapping[str, EncoderSettings],
+        sensitivity: Sensitivity | None,
         journal: LayerJournal,
         options: CalibrationOptions,
         threads: int,
@@ -185,7 +195,8 @@ class _LayerQuantizer:
     ) -> None:
         self._library, self._source, self._sites = library, source, sites
         self._factors, self._transforms, self._encoders = factors, transforms, encoders
-        self._journal, self._options, self._threads, self._report = journal, options, threads, report
+        self._sensitivity, self._journal, self._options = sensitivity, journal, options
+        self._threads, self._report = threads, report
 
     def on_site(self, site: Site, x: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
         missing = [name for name in site.readers if name not in self._journal]
@@ -238,7 +249,13 @@ class _LayerQuantizer:
         transform = self._transforms.get(name)
         if transform is not None:
             weights = np.ascontiguousarray(transform(weights, 0), np.float32)
-        return quantize_calibrated(self._library, weights, own, cross, self._options, self._threads)
+        outputs = self._sensitivity.outputs(name) if self._sensitivity is not None else None
+        factors = self._scaling_of_outputs(name)
+        if outputs is not None and factors is not None:  # an error counts as what it is without the scaling
+            outputs = outputs / factors / factors[:, None]
+        return quantize_calibrated(
+            self._library, weights, own, cross, self._options, self._threads, outputs=outputs
+        )
 
     def _scaling_of_outputs(self, name: str) -> NDArray[np.float32] | None:
         transform = self._transforms.get(name)
@@ -252,17 +269,26 @@ def quantize_calibrated(
     cross: NDArray[np.float32] | None,
     options: CalibrationOptions,
     threads: int,
+    *,
+    outputs: NDArray[np.float32] | None = None,
 ) -> NDArray[np.void]:
-    """One matrix, float32[rows, n_in], as BLOCK_SPK4[rows, n_in / 64]; own, cross: see moments()."""
+    """One matrix, float32[rows, n_in], as BLOCK_SPK4[rows, n_in / 64].
+
+    Args:
+        own, cross: see moments().
+        outputs: moments of gradients at the layer's outputs, float32[rows, rows], see Sensitivity.outputs().
+    """
     bind(library.cpu, _FUNCTION)
     rotated = np.ascontiguousarray(rotate(weights))
     rows, n_in = weights.shape
     blocks = np.zeros((rows, n_in // QK_SPK), BLOCK_SPK4)
     error = np.zeros(rows, np.float32)
+    outputs = None if outputs is None else np.ascontiguousarray(outputs, np.float32)
     done = library.cpu.spike_quantize_calibrated(
         rotated.ctypes.data,
         own.ctypes.data,
         None if cross is None else cross.ctypes.data,
+        None if outputs is None else outputs.ctypes.data,
         rows,
         n_in,
         _NativeOptions(
@@ -273,6 +299,7 @@ def quantize_calibrated(
             1,
             threads,
             options.correction,
+            options.output_damping,
         ),
         blocks.ctypes.data,
         error.ctypes.data,
@@ -315,7 +342,36 @@ def _calibrate(
     chunks = options.chunks or default_chunks(source, plain + experts, options.ctx, options.chosen.chunks)
     with Model(path, ctx_size=_TEXT_TOKENS, threads=threads) as model:
         tokens = calibration_stretches(model, text.data, text.name, options.ctx, chunks)
+        expected = model.decode(tokens[0][:_TEXT_TOKENS], 0, min(options.ctx, _TEXT_TOKENS)).copy()
 
+    gradients, left_out = _gradient_model(source, plain, tokens[0][: len(expected)], expected, options)
+    journal = LayerJournal(
+        options.journal,
+        _fingerprint(path, plain + experts, text, len(tokens), options, library, gradients is not None),
+    )
+    cost = sensitivity_cost(source, plain, options.ctx)
+    workers = cost.workers(threads, DEFAULT_MEMORY)
+    measured = tokens[np.arange(n := sensitivity_chunks(len(tokens))) * len(tokens) // n]
+    if options.announce is not None:
+        options.announce(
+            estimate(
+                source,
+                sites,
+                tokens.size,
+                options.ctx,
+                correction=options.correction > 0,
+                finished=len(journal),
+                more_memory=cost.memory(workers) if gradients is not None else 0,
+                more_products=cost.products * measured.size if gradients is not None else 0,
+                without_sensitivity=left_out,
+            )
+        )
+    sensitivity = None
+    if gradients is not None:
+        sensitivity = gradients.measure(
+            measured, workers, lambda done, total: progress(CALIBRATE, "gradients", done, total)
+        )
+        del gradients
     surveys = survey(path, tokens, sites, threads, progress)
     factors: dict[Site, NDArray[np.float32]] = {}
     if options.smoothing:
@@ -324,17 +380,9 @@ def _calibrate(
             if scaling is not None:
                 factors[site] = scaling
     transforms = fold(factors)
-    encoders = _encoders(surveys, factors, options, library)
+    encoders = _encoders(surveys, factors, sensitivity, options, library)
     settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
 
-    journal = LayerJournal(
-        options.journal, _fingerprint(path, plain + experts, text, len(tokens), options, library)
-    )
-    if options.announce is not None:
-        correction = options.correction > 0
-        options.announce(
-            estimate(source, sites, tokens.size, options.ctx, correction=correction, finished=len(journal))
-        )
     done = 0
 
     def report(item: str) -> None:
@@ -343,7 +391,7 @@ def _calibrate(
         progress(CALIBRATE, item, len(surveys) + done, 2 * len(surveys))
 
     layers = _LayerQuantizer(
-        library, source, sites, factors, transforms, settings, journal, options, threads, report
+        library, source, sites, factors, transforms, settings, sensitivity, journal, options, threads, report
     )
     if surveys:
         used = {name: site for name, site in sites.items() if site in surveys}
@@ -366,8 +414,9 @@ def _calibrate(
         DirectQuantizer(library, workers),
         {name: encoders[site] for name, site in sites.items() if site in encoders},
     )
+    read = f"{text.name}, sha256 {text.sha256[:16]}, {len(tokens)} chunks of {options.ctx} tokens"
     return Recipe(
-        calibration=f"{text.name}, sha256 {text.sha256[:16]}, {len(tokens)} chunks of {options.ctx} tokens",
+        calibration=read if sensitivity is None else f"{read}, gradients of {sensitivity.chunks}",
         quantizer=quantizer,
         transforms=transforms,
         encoder=settings,
@@ -377,16 +426,38 @@ def _calibrate(
     )
 
 
+def _gradient_model(
+    source: Source,
+    names: list[str],
+    tokens: NDArray[np.int32],
+    expected: NDArray[np.float32],
+    options: CalibrationOptions,
+) -> tuple[GradientModel | None, str]:
+    """The model in torch; or None and why sensitivities are left out, if they are wanted where possible."""
+    if options.sensitivity is False:
+        return None, ""
+    needed = sensitivity_cost(source, names, options.ctx).memory(workers=1)
+    if options.sensitivity is None and needed > DEFAULT_MEMORY:
+        return None, f"{needed / 1e9:.0f} GB would be needed"
+    try:
+        return GradientModel(source, names, tokens, expected), ""
+    except UnsupportedError as error:
+        if options.sensitivity:
+            raise
+        return None, error.message
+
+
 def _encoders(
     surveys: Mapping[Site, object],
     factors: Mapping[Site, NDArray[np.float32]],
+    sensitivity: Sensitivity | None,
     options: CalibrationOptions,
     library: NativeLibrary,
 ) -> dict[Site, SiteEncoder]:
     if options.salience is not None:
         return fixed_salience(surveys, factors, options.salience, library)
     share = options.chosen.salient_share if options.salient_share is None else options.salient_share
-    return choose_salience(surveys, factors, share, library)
+    return choose_salience(surveys, factors, share, library, sensitivity)
 
 
 def _settings(encoder: SiteEncoder | None, options: CalibrationOptions) -> EncoderSettings:
@@ -401,6 +472,7 @@ def _fingerprint(
     n_chunks: int,
     options: CalibrationOptions,
     library: NativeLibrary,
+    with_gradients: bool,
 ) -> dict[str, object]:
     """Everything that the quantized layers depend on."""
     settings = asdict(options) | {"chunks": n_chunks}
@@ -413,6 +485,7 @@ def _fingerprint(
         "text": text.sha256,
         "tensors": names,
         "options": settings,
+        "gradients": [version(name) for name in ("torch", "transformers")] if with_gradients else [],
     }
 
 
@@ -430,4 +503,6 @@ def _command_options(options: CalibrationOptions, text: Text) -> tuple[str, ...]
         words += ["--calibration-chunks", str(options.chunks)]
     if not options.smoothing:
         words.append("--no-smoothing")
+    if options.sensitivity is not None:
+        words.append("--sensitivity" if options.sensitivity else "--no-sensitivity")
     return tuple(words)

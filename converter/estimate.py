@@ -31,6 +31,7 @@ class Estimate:
         memory: bytes at the highest point, beside the source file itself, which is mapped.
         available: bytes that are free, or None if unknown.
         finished: tensors that a journal already has.
+        without_sensitivity: why sensitivities are left out; empty if they are not, or not wanted.
     """
 
     tokens: int
@@ -38,11 +39,14 @@ class Estimate:
     memory: int
     available: int | None
     finished: int
+    without_sensitivity: str = ""
 
     def sentence(self, threads: int) -> str:
         """For people."""
         minutes = self.products / (_PRODUCTS_PER_SECOND * threads) / 60
         text = f"calibration on {self.tokens} tokens: {self.memory / 1e9:.1f} GB, about {minutes:.1f} minutes"
+        if self.without_sensitivity:
+            text += f"; without sensitivities of layers: {self.without_sensitivity}"
         if self.finished:
             text += f"; {self.finished} tensors are finished already"
         if self.available is not None and self.memory > self.available:
@@ -51,7 +55,16 @@ class Estimate:
 
 
 def estimate(
-    source: Source, sites: Mapping[str, Site], n_tokens: int, ctx: int, *, correction: bool, finished: int
+    source: Source,
+    sites: Mapping[str, Site],
+    n_tokens: int,
+    ctx: int,
+    *,
+    correction: bool,
+    finished: int,
+    more_memory: int = 0,
+    more_products: float = 0.0,
+    without_sensitivity: str = "",
 ) -> Estimate:
     """Counts the products of both models, of the moments, and of the quantizer; and the largest arrays.
 
@@ -60,6 +73,8 @@ def estimate(
         n_tokens: of the text, in stretches of `ctx`.
         correction: whether deviations of inputs are made up for.
         finished: tensors that a journal already has.
+        more_memory, more_products: bytes and multiplications of sensitivities, which are measured beforehand.
+        without_sensitivity: see Estimate.
     """
     tensors = [source.tensors[name] for name in sites]
     weights = sum(tensor.n_rows * tensor.n_in for tensor in tensors)
@@ -68,10 +83,11 @@ def estimate(
     of_moments = (0.75 if correction else 0.25) * squares  # products of integers, twice as fast as the others
     return Estimate(
         tokens=n_tokens,
-        products=n_tokens * (2.0 * weights + of_moments) + 14.0 * cubes,
-        memory=needed_memory(source, sites, n_tokens, ctx),
+        products=n_tokens * (2.0 * weights + of_moments) + 14.0 * cubes + more_products,
+        memory=max(needed_memory(source, sites, n_tokens, ctx), _PROCESS + more_memory),
         available=available_memory(),
         finished=finished,
+        without_sensitivity=without_sensitivity,
     )
 
 

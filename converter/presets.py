@@ -12,6 +12,7 @@ from spikequant_gguf.format import DEFAULT_SILENCE, SALIENT_SLOTS
 from spikequant_gguf.native import NativeLibrary
 
 from .inputs import SiteSurvey
+from .sensitivity import Sensitivity
 from .structure import Site
 
 __all__ = ["PRESETS", "Preset", "SiteEncoder", "average_share", "choose_salience", "fixed_salience"]
@@ -55,9 +56,10 @@ class SiteEncoder:
     salient_inputs: int
 
 
-# How much the divergence of SmolLM2-135M falls for the same fall of the encoder's relative error: by what it
-# falls where the inputs of one kind of site alone stay in float, over the sum of their errors. Measured on 6
-# chunks of a part of the calibration text (C4) that was not calibrated on; each is good to a third.
+# Where there are no gradients: how much the divergence of SmolLM2-135M falls for the same fall of the
+# encoder's relative error, by what it falls where the inputs of one kind of site alone stay in float, over
+# the sum of their errors. Measured on 6 chunks of a part of the calibration text (C4) that was not
+# calibrated on; each is good to a third.
 _SENSITIVITY = {
     "attention input": 1.0,
     "attention output": 0.6,
@@ -73,21 +75,22 @@ def choose_salience(
     factors: Mapping[Site, NDArray[np.float32]],
     share: float,
     library: NativeLibrary,
+    sensitivity: Sensitivity | None = None,
 ) -> dict[Site, SiteEncoder]:
     """The thresholds of least expected divergence with at most this share of salient values on average.
 
-    The divergence is taken as the sum of the encoder's relative errors, each weighted by what its kind of
-    site was found to matter. The average counts every input of every site.
+    The divergence is taken as the sum of the encoder's relative errors, each weighted by what the gradients
+    at the site say, or without them by what its kind was found to matter. The average counts every input of
+    every site.
     """
     sites = list(surveys)
+    weights = _weights(surveys, factors, sensitivity)
     curves = {site: _curve(surveys[site], factors.get(site), library) for site in sites}
     sizes = np.array([surveys[site].sample.shape[1] for site in sites], np.float64)
 
     def choose(price: float) -> list[int]:
         return [
-            int(
-                np.argmin(_SENSITIVITY.get(site.kind, 1.0) * curves[site][1] + price * size * curves[site][0])
-            )
+            int(np.argmin(weights[site] * curves[site][1] + price * size * curves[site][0]))
             for site, size in zip(sites, sizes / sizes.sum(), strict=True)
         ]
 
@@ -103,6 +106,24 @@ def choose_salience(
         site: _encoder(_GRID[k], surveys[site], curves[site][0][k])
         for site, k in zip(sites, choose(high), strict=True)
     }
+
+
+def _weights(
+    surveys: Mapping[Site, SiteSurvey],
+    factors: Mapping[Site, NDArray[np.float32]],
+    sensitivity: Sensitivity | None,
+) -> dict[Site, float]:
+    """Divergence for a relative squared error of one at each site; of all sites in the same unit."""
+    measured = {}
+    for site, found in surveys.items():
+        gradients = None if sensitivity is None else sensitivity.inputs(site.readers[0])
+        if gradients is None:  # units cannot be mixed
+            return {each: _SENSITIVITY.get(each.kind, 1.0) for each in surveys}
+        scale = factors.get(site, np.ones_like(gradients)).astype(np.float64)
+        # the encoder's error is about the same in every channel of the scaled inputs
+        per_channel = (found.mean_squares * scale**2).mean()
+        measured[site] = float(0.5 * per_channel * (gradients / scale**2).sum())
+    return measured
 
 
 def fixed_salience(

@@ -139,6 +139,11 @@ def test_linear_layers_spike(made):
     assert not made.report.warnings
 
 
+def test_gradients_are_measured(made):
+    """Of all that predict the next token; from the checkpoint where transformers does not read the GGUF."""
+    assert ("gradients of" in made.report.calibration) == made.architecture.is_causal
+
+
 def test_float_model_is_that_of_transformers(made):
     assert difference(outputs(made, made.floats), outputs_of_transformers(made)) < _ROUNDING
 

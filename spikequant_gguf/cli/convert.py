@@ -104,6 +104,14 @@ def convert(
     smoothing: Annotated[
         bool, typer.Option("--smoothing/--no-smoothing", help="Scale channels before quantization.")
     ] = True,
+    sensitivity: Annotated[
+        bool | None,
+        typer.Option(
+            "--sensitivity/--no-sensitivity",
+            help="Measure by gradients in torch how much errors of each layer matter.",
+            show_default="where transformers has the model and it takes no more than 10 GB",
+        ),
+    ] = None,
     calibrated: Annotated[
         bool,
         typer.Option("--calibrated/--no-calibration", help="Without it, weights are rounded to the nearest."),
@@ -156,7 +164,7 @@ def convert(
 ) -> None:
     """Make a spike GGUF of a model: its linear layers become SPK4.
 
-    The same source and options give the same bytes on every machine.
+    The same source and options give the same bytes, whatever the number of threads.
     """
     from ..converter import ConvertOptions, plan
     from ..converter import convert as run
@@ -178,6 +186,7 @@ def convert(
         silence=silence,
         chunks=calibration_chunks,
         smoothing=smoothing,
+        sensitivity=sensitivity,
         threads=threads or default_threads(),
         journal=journal_path(source, out),
         announce=lambda estimate: console.say(estimate.sentence(threads or default_threads())),

@@ -7,7 +7,7 @@ architecture will do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..format import TYPE_SPK4, blocks_from_bytes
-from ..gguf_header import GGUFHeader, read_header
+from ..gguf_header import read_header
 from ..verify import verify_file
 from .encoder import SpikeEncoder
 from .experts import SpikeExperts, SpikeRouted
@@ -28,7 +28,7 @@ from .layer import SpikeLinear, SpikeWeights
 from .model import encoder_settings
 from .settings import SpikeSettings
 
-__all__ = ["SimulatedTensor", "simulate_checkpoint"]
+__all__ = ["SimulatedTensor", "linear_layers", "row_order", "simulate_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def simulate_checkpoint(
         tensor.name: _floats(tensor) for tensor in gguf.GGUFReader(floats).tensors if tensor.name in blocks
     }
     builder = _Builder(settings, exact)
+    architecture = str(header.metadata["general.architecture"])
     found: dict[str, SimulatedTensor] = {}
-    for path, name in _linear_layers(model, header):
+    for path, name in linear_layers(model, architecture, header.metadata):
         if name in blocks:
             old = model.get_submodule(path)
             found[name] = builder.linear(name, blocks[name], originals[name], old)
             _replace(model, path, found[name].module)
-    for path, names in _experts(model, header):
+    for path, names in _experts(model):
         if all(name in blocks for name in names.values()):
             old = model.get_submodule(path)
             gate, up = old.gate_up_proj.detach().chunk(2, dim=1)
@@ -111,7 +112,7 @@ class _Builder:
     def linear(
         self, name: str, blocks: np.ndarray, original: torch.Tensor, old: nn.Linear
     ) -> SimulatedTensor:
-        order = _order(original, old.weight.detach(), name)
+        order = row_order(original, old.weight.detach(), name)
         layer = self._layer(name, blocks, order, old.bias, self._encoders)
         return SimulatedTensor(layer, order)
 
@@ -119,7 +120,7 @@ class _Builder:
         self, name: str, blocks: np.ndarray, original: torch.Tensor, wanted: torch.Tensor
     ) -> SimulatedTensor:
         """wanted: float32[experts, rows, n]."""
-        orders = [_order(*pair, name) for pair in zip(original, wanted, strict=True)]
+        orders = [row_order(*pair, name) for pair in zip(original, wanted, strict=True)]
         if not all(torch.equal(order, orders[0]) for order in orders):
             raise UnsupportedError(f"the experts of '{name}' have their rows in different orders")
         layers = [self._layer(name, matrix, orders[0], None, {}) for matrix in blocks]
@@ -135,16 +136,26 @@ class _Builder:
         return SpikeLinear(weights, encoder, bias, self._exact)
 
 
-def _linear_layers(model: nn.Module, header: GGUFHeader) -> Iterator[tuple[str, str]]:
-    """Path of each linear layer and the GGUF name of its weights."""
-    names = _name_map(header)
+def linear_layers(
+    model: nn.Module, architecture: str, metadata: Mapping[str, object]
+) -> Iterator[tuple[str, str]]:
+    """Path of each linear layer and the GGUF name of its weights.
+
+    Args:
+        model: of transformers.
+        architecture, metadata: of the GGUF.
+
+    Raises:
+        UnsupportedError: gguf knows no such architecture.
+    """
+    names = _name_map(architecture, metadata)
     for path, module in list(model.named_modules()):
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
         if isinstance(module, nn.Linear) and name is not None:
             yield path, name
 
 
-def _experts(model: nn.Module, header: GGUFHeader) -> Iterator[tuple[str, dict[str, str]]]:
+def _experts(model: nn.Module) -> Iterator[tuple[str, dict[str, str]]]:
     """Path of each module of experts and the GGUF names of its matrices."""
     for path, module in list(model.named_modules()):
         shapes = [getattr(getattr(module, name, None), "ndim", 0) for name in ("gate_up_proj", "down_proj")]
@@ -153,12 +164,11 @@ def _experts(model: nn.Module, header: GGUFHeader) -> Iterator[tuple[str, dict[s
             yield path, {part: f"blk.{block}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")}
 
 
-def _name_map(header: GGUFHeader) -> gguf.TensorNameMap:
-    architecture = str(header.metadata["general.architecture"])
+def _name_map(architecture: str, metadata: Mapping[str, object]) -> gguf.TensorNameMap:
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
         raise UnsupportedError(f"gguf knows no architecture '{architecture}'", "simulate another model")
-    return get_tensor_name_map(kinds[architecture], int(header.metadata[f"{architecture}.block_count"]))  # type: ignore[call-overload]
+    return get_tensor_name_map(kinds[architecture], int(metadata[f"{architecture}.block_count"]))  # type: ignore[call-overload]
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -176,8 +186,12 @@ def _floats(tensor: gguf.ReaderTensor) -> torch.Tensor:
     return torch.from_numpy(data.copy())
 
 
-def _order(original: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
-    """Where `original` has each row of `wanted`: int64[rows]. llama.cpp may order them otherwise."""
+def row_order(original: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
+    """Where `original`, as a GGUF has it, has each row of `wanted`, as transformers has it: int64[rows].
+
+    Raises:
+        UnsupportedError: it does not have each of them once.
+    """
     rounded = wanted.to(original.dtype).float().numpy()
     places = {row.tobytes(): i for i, row in enumerate(original.float().numpy())}
     index = [places.get(row.tobytes(), -1) for row in rounded]

@@ -38,7 +38,7 @@ from .encoder import SpikeCounts, SpikeEncoder
 from .layer import SpikeLinear, SpikeWeights
 from .settings import SpikeSettings
 
-__all__ = ["TorchModel", "encoder_settings", "load_model"]
+__all__ = ["TorchModel", "encoder_settings", "load_model", "read_checkpoint", "read_gguf"]
 
 
 class TorchModel:
@@ -61,7 +61,7 @@ class TorchModel:
         path = Path(path)
         self.header: GGUFHeader = read_header(path)
         self.architecture = str(self.header.metadata.get("general.architecture", ""))
-        self._model = _read(path, self.architecture)
+        self._model = read_gguf(path, self.architecture)
         self._model.requires_grad_(False).eval()
         self.config = self._model.config
         names = _tensor_names(self._model, self.architecture)
@@ -184,22 +184,41 @@ def load_model(path: str | Path, *, exact: bool = True) -> TorchModel:
 # ---- reading
 
 
-def _read(path: Path, architecture: str) -> transformers.PreTrainedModel:
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def read_gguf(path: Path, architecture: str) -> transformers.PreTrainedModel:
+    """The model of a GGUF file, in float32. UnsupportedError if transformers cannot read it."""
+    return _read(
+        path.parent,
+        f"{path}: transformers cannot read a model of architecture '{architecture}' from GGUF",
+        "simulate a model of another architecture, for example llama, qwen2 or qwen3",
+        gguf_file=path.name,
+    )
+
+
+def read_checkpoint(folder: Path) -> transformers.PreTrainedModel:
+    """The model of a checkpoint's folder, in float32. UnsupportedError if transformers cannot read it."""
+    return _read(folder, f"{folder}: transformers cannot read the checkpoint", "use the runtime instead")
+
+
+def _read(folder: Path, fault: str, remedy: str, **options: str) -> transformers.PreTrainedModel:
+    logging = transformers.utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with redirect_stderr(io.StringIO()):  # one of its bars knows no switch
             return transformers.AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
+                str(folder),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,  # and do not ask for it
+                **options,
             )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"{path}: transformers cannot read a model of architecture '{architecture}' from GGUF: {error}",
-            "simulate a model of another architecture, for example llama, qwen2 or qwen3",
-        ) from error
+    except Exception as error:  # whatever its many architectures raise on a file that is not quite theirs
+        raise UnsupportedError(f"{fault}: {error}", remedy) from error
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _tensor_names(model: nn.Module, architecture: str) -> dict[str, str]:

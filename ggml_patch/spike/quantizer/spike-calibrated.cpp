@@ -6,6 +6,9 @@
 //  3. GPTQ (Frantar et al. 2022) over the inputs in descending order of their moment, for several thresholds and
 //     zero-points; the two of least loss go on
 //  4. coordinate descent on the codes, with free choice of the salient positions, and a least-squares threshold
+//
+// If it is known how much errors of the outputs matter, and which of them make up for each other, rows are not independent:
+// each makes up for the errors of those before it, as inputs do in GPTQ (two-sided rounding, after YAQA, Tseng et al. 2025).
 #include "spike-quantizer.h"
 
 #include "ggml-impl.h"
@@ -25,6 +28,7 @@ namespace {
 
 constexpr int     LANES = 32; // rows that go through GPTQ together, one per vector lane
 constexpr int64_t GPTQ_BLOCK = 64; // inputs; a divisor of all numbers of inputs
+constexpr int64_t FACTOR_BLOCK = 64; // rows of a factor that are finished before others take them over
 constexpr int     STRIP = 8;  // inputs whose sums for all lanes stay in registers
 constexpr int     THRESHOLD_STEPS = 22; // GPTQ tries 1.04, 1.02, ... times the searched threshold
 constexpr int     FINALISTS = 2; // of the outcomes of GPTQ, per row
@@ -41,10 +45,28 @@ struct release {
 
 using square = std::unique_ptr<float[], release>; // n x n, row by row
 
+// work(0) to work(count - 1), by several threads.
+template <typename work_t> void share_out(int n_threads, int64_t count, const work_t & work) {
+    std::atomic<int64_t> next { 0 };
+    auto take = [&] {
+        for (int64_t k = next.fetch_add(1); k < count; k = next.fetch_add(1)) {
+            work(k);
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int k = 1; k < n_threads && k < count; k++) {
+        threads.emplace_back(take);
+    }
+    take();
+    for (auto & thread : threads) {
+        thread.join();
+    }
+}
+
 // U of (H + damping)^-1 = U^T U, upper triangular, its rows and columns in a given order of H's; below the diagonal is U^T.
 // Null if H is not positive definite. Plain loops over rows, in double: each element sees one fixed sequence of operations.
 // All in one array, which is the largest of a conversion: R is below its diagonal, the inverse grows above it.
-square factor_inverse(const float * h, const std::vector<int> & order, int64_t n) {
+square factor_inverse(const float * h, const std::vector<int> & order, int64_t n, int n_threads) {
     std::unique_ptr<double[], release> memory((double *) std::malloc((size_t) (n*n)*sizeof(double)));
     double * r = memory.get();
     if (r == nullptr) {
@@ -56,38 +78,65 @@ square factor_inverse(const float * h, const std::vector<int> & order, int64_t n
         }
     }
     // H = R R^T with R upper: from the last input to the first. Row k of r holds column k of R.
-    for (int64_t k = n - 1; k >= 0; k--) {
-        double * column = r + k*n;
-        if (!(column[k] > 0.0)) {
-            return nullptr;
-        }
-        const double pivot = std::sqrt(column[k]);
-        for (int64_t i = 0; i < k; i++) {
-            column[i] /= pivot;
-        }
-        column[k] = pivot;
-        for (int64_t i = 0; i < k; i++) {
-            const double factor = column[i];
-            double * row = r + i*n;
-            for (int64_t j = 0; j <= i; j++) {
-                row[j] -= factor*column[j];
-            }
-        }
-    }
-    for (int64_t i = n - 1; i >= 0; i--) {
+    auto take_away = [&](int64_t k, int64_t i) { // column k's part of row i
+        const double * column = r + k*n;
+        const double factor = column[i];
         double * row = r + i*n;
-        const double pivot = row[i];
-        row[i] = 1.0;
-        std::fill(row + i + 1, row + n, 0.0);
-        for (int64_t k = i + 1; k < n; k++) {
-            const double factor = r[k*n + i];
-            const double * other = r + k*n;
-            for (int64_t j = k; j < n; j++) {
-                row[j] -= factor*other[j];
+        for (int64_t j = 0; j <= i; j++) {
+            row[j] -= factor*column[j];
+        }
+    };
+    for (int64_t end = n; end > 0; end -= FACTOR_BLOCK) {
+        const int64_t first = std::max<int64_t>(end - FACTOR_BLOCK, 0);
+        for (int64_t k = end - 1; k >= first; k--) {
+            double * column = r + k*n;
+            if (!(column[k] > 0.0)) {
+                return nullptr;
+            }
+            const double pivot = std::sqrt(column[k]);
+            for (int64_t i = 0; i < k; i++) {
+                column[i] /= pivot;
+            }
+            column[k] = pivot;
+            for (int64_t i = first; i < k; i++) {
+                take_away(k, i);
             }
         }
-        for (int64_t j = i; j < n; j++) {
-            row[j] /= pivot;
+        share_out(n_threads, first, [&](int64_t i) {
+            for (int64_t k = end - 1; k >= first; k--) {
+                take_away(k, first - 1 - i); // the longest first
+            }
+        });
+    }
+    auto substitute = [&](int64_t i, int64_t k) { // row k of the inverse in row i
+        double * row = r + i*n;
+        const double factor = r[k*n + i];
+        const double * other = r + k*n;
+        for (int64_t j = k; j < n; j++) {
+            row[j] -= factor*other[j];
+        }
+    };
+    for (int64_t end = n; end > 0; end -= FACTOR_BLOCK) {
+        const int64_t first = std::max<int64_t>(end - FACTOR_BLOCK, 0);
+        std::vector<double> pivots((size_t) (end - first));
+        for (int64_t i = first; i < end; i++) {
+            pivots[i - first] = r[i*n + i];
+        }
+        share_out(n_threads, end - first, [&](int64_t part) {
+            const int64_t i = first + part;
+            r[i*n + i] = 1.0;
+            std::fill(r + i*n + i + 1, r + i*n + n, 0.0);
+            for (int64_t k = end; k < n; k++) {
+                substitute(i, k);
+            }
+        });
+        for (int64_t i = end - 1; i >= first; i--) {
+            for (int64_t k = i + 1; k < end; k++) {
+                substitute(i, k);
+            }
+            for (int64_t j = i; j < n; j++) {
+                r[i*n + j] /= pivots[i - first];
+            }
         }
     }
     // to single precision in place: no value is written over before it is read
@@ -140,30 +189,84 @@ class quantizer {
     quantizer & operator=(const quantizer &) = delete;
 
     bool prepare() {
-        u = factor_inverse(damped, order, n);
+        u = factor_inverse(damped, order, n, options.n_threads);
         return u != nullptr;
     }
 
-    // Rows r0 .. r0 + LANES - 1, as far as they exist.
-    void quantize_batch(int64_t r0, block_spk4 * blocks, float * error) const {
-        const int n_lanes = (int) std::min<int64_t>(LANES, n_rows - r0);
-        rows wanted((size_t) (LANES*n)), wh((size_t) (LANES*n)), difference((size_t) (LANES*n)), g((size_t) (LANES*n));
-        std::copy(weights + r0*n, weights + (r0 + n_lanes)*n, wanted.begin());
+    // Each row by itself: threads share out the batches.
+    void quantize_rows(block_spk4 * blocks, float * error) {
+        std::vector<int> all((size_t) n_rows);
+        std::iota(all.begin(), all.end(), 0);
+        share_out(options.n_threads, (n_rows + LANES - 1)/LANES, [&](int64_t k) {
+            rows unused((size_t) (LANES*n));
+            quantize_batch(all.data() + k*LANES, lanes_from(k*LANES), nullptr, unused, blocks, error);
+        });
+    }
+
+    // Batch after batch, the rows that matter most first; those to come make up for the errors of a batch as well as they can.
+    // inverse: factor_inverse of the moments of the outputs, in row_order. Threads share out the work within a batch.
+    void quantize_rows_in_order(const std::vector<int> & row_order, const float * inverse, block_spk4 * blocks, float * error) {
+        inner_threads = options.n_threads;
+        rows shifts((size_t) (n_rows*n)), residual((size_t) (LANES*n));
+        for (int64_t r0 = 0; r0 < n_rows; r0 += LANES) {
+            const int n_lanes = lanes_from(r0);
+            quantize_batch(row_order.data() + r0, n_lanes, shifts.data() + r0*n, residual, blocks, error);
+            // As in a block of GPTQ's inputs: what each row has left to be made up for, given the batch's rows before it ...
+            for (int lane = 0; lane < n_lanes; lane++) {
+                float * z = residual.data() + lane*n;
+                for (int other = 0; other < lane; other++) {
+                    subtract(inverse[(r0 + other)*n_rows + r0 + lane], residual.data() + other*n, z);
+                }
+                const float pivot = 1.0f/inverse[(r0 + lane)*(n_rows + 1)];
+                for (int64_t i = 0; i < n; i++) {
+                    z[i] *= pivot;
+                }
+            }
+            // ... is added to what later rows shall be
+            const int64_t first = r0 + n_lanes;
+            share_out(inner_threads, n_rows - first, [&](int64_t k) {
+                for (int lane = 0; lane < n_lanes; lane++) {
+                    subtract(-inverse[(r0 + lane)*n_rows + first + k], residual.data() + lane*n, shifts.data() + (first + k)*n);
+                }
+            });
+        }
+    }
+
+  private:
+    using rows = std::vector<float>; // rows of n inputs, LANES of them unless said otherwise
+
+    int lanes_from(int64_t row) const { return (int) std::min<int64_t>(LANES, n_rows - row); }
+
+    void subtract(float factor, const float * x, float * y) const {
+        for (int64_t i = 0; i < n; i++) {
+            y[i] -= factor*x[i];
+        }
+    }
+
+    // Some rows. shifts: added to what they shall be, or NULL. residual: what they became, less what they should be.
+    void quantize_batch(const int * chosen, int n_lanes, const float * shifts, rows & residual, block_spk4 * blocks, float * error) const {
+        rows wanted((size_t) (LANES*n)), wh((size_t) (LANES*n));
+        for (int lane = 0; lane < n_lanes; lane++) {
+            std::copy_n(weights + chosen[lane]*n, n, wanted.begin() + lane*n);
+        }
         if (deviations != nullptr) {
             correct(wanted);
         }
+        for (int64_t i = 0; shifts != nullptr && i < n_lanes*n; i++) {
+            wanted[i] += shifts[i];
+        }
         times(wanted, damped, wh);
-        float best_error[LANES];
-        std::fill(best_error, best_error + LANES, INFINITY);
         std::vector<outcome> outcomes(FINALISTS);
         find_outcomes(wanted, n_lanes, outcomes);
-        for (outcome & o : outcomes) {
+        float found[FINALISTS][LANES];
+        for (int k = 0; k < FINALISTS; k++) {
+            outcome & o = outcomes[k];
+            rows difference((size_t) (LANES*n)), g((size_t) (LANES*n));
             for (int64_t i = 0; i < n_lanes*n; i++) {
                 difference[i] = o.threshold[i/n]*o.codes[i] - wanted[i];
             }
             times(difference, damped, g);
-            for (int lane = 0; lane < n_lanes; lane++) {
-                const float * w = wanted.data() + lane*n;
+            share_out(inner_threads, n_lanes, [&](int64_t lane) {
                 const float * h = wh.data() + lane*n;
                 float * v = o.codes.data() + lane*n;
                 float * slope = g.data() + lane*n;
@@ -172,17 +275,28 @@ class quantizer {
                     descend(v, slope, threshold, o.zero_point[lane]);
                     threshold = refit(v, h, threshold, slope);
                 }
-                const float found = relative_error(w, h, v, slope, threshold);
-                if (found < best_error[lane] || best_error[lane] == INFINITY) {
-                    best_error[lane] = error[r0 + lane] = found;
-                    store(v, threshold, o.zero_point[lane], blocks + (r0 + lane)*n_blocks);
-                }
+                found[k][lane] = relative_error(wanted.data() + lane*n, h, v, slope, threshold);
+            });
+        }
+        for (int lane = 0; lane < n_lanes; lane++) {
+            int best = 0;
+            for (int k = 1; k < FINALISTS; k++) {
+                best = found[k][lane] < found[best][lane] ? k : best;
+            }
+            const outcome & o = outcomes[best];
+            const float * v = o.codes.data() + lane*n;
+            error[chosen[lane]] = found[best][lane];
+            store(v, o.threshold[lane], o.zero_point[lane], blocks + chosen[lane]*n_blocks);
+            for (int64_t i = 0; i < n; i++) {
+                residual[lane*n + i] = o.threshold[lane]*v[i] - wanted[lane*n + i];
             }
         }
     }
 
-  private:
-    using rows = std::vector<float>; // LANES rows of n inputs
+    struct trial { // of GPTQ, with a threshold and zero-point for each lane
+        rows  w; // what is still to be rounded, then the codes: lanes side by side, in GPTQ's order
+        float theta[LANES], zero[LANES], loss[LANES];
+    };
 
     struct outcome { // of GPTQ
         rows  codes; // threshold units, zero at the zero-point
@@ -238,7 +352,7 @@ class quantizer {
     // GPTQ with several thresholds and zero-points; the best of each row, the best first. Rows beyond n_lanes are zeros.
     void find_outcomes(const rows & wanted, int n_lanes, std::vector<outcome> & best) const {
         // lanes side by side, inputs in GPTQ's order
-        std::vector<float> w0((size_t) (n*LANES)), reach((size_t) (n*LANES)), row_reach((size_t) n), w((size_t) (n*LANES));
+        std::vector<float> w0((size_t) (n*LANES)), reach((size_t) (n*LANES)), row_reach((size_t) n);
         for (int lane = 0; lane < LANES; lane++) {
             const float * row = wanted.data() + lane*n;
             mark_salient(row, row_reach);
@@ -251,56 +365,72 @@ class quantizer {
             o.codes.resize((size_t) (LANES*n));
             std::fill(o.loss, o.loss + LANES, INFINITY);
         }
-        float searched[LANES], searched_zero[LANES], theta[LANES], zero[LANES], loss[LANES];
+        float searched[LANES], searched_zero[LANES];
         search(wanted, searched, searched_zero);
-        auto attempt = [&] {
-            w = w0;
-            run_gptq(w, reach, theta, zero, loss);
-            for (int lane = 0; lane < n_lanes; lane++) {
-                size_t place = best.size();
-                while (place > 0 && loss[lane] < best[place - 1].loss[lane]) {
-                    place--;
+        // attempts side by side, as many as there are threads; taken in their order
+        auto attempt = [&](std::vector<trial> & trials) {
+            for (size_t first = 0; first < trials.size(); first += inner_threads) {
+                const size_t count = std::min(trials.size() - first, (size_t) inner_threads);
+                share_out(inner_threads, (int64_t) count, [&](int64_t k) {
+                    trials[first + k].w = w0;
+                    run_gptq(trials[first + k], reach);
+                });
+                for (size_t k = first; k < first + count; k++) {
+                    for (int lane = 0; lane < n_lanes; lane++) {
+                        keep(trials[k], lane, best);
+                    }
+                    trials[k].w = {};
                 }
-                if (place == best.size()) {
-                    continue;
-                }
-                for (size_t k = best.size() - 1; k > place; k--) {
-                    std::copy_n(best[k - 1].codes.begin() + lane*n, n, best[k].codes.begin() + lane*n);
-                    best[k].threshold[lane]  = best[k - 1].threshold[lane];
-                    best[k].zero_point[lane] = best[k - 1].zero_point[lane];
-                    best[k].loss[lane]       = best[k - 1].loss[lane];
-                }
-                outcome & o = best[place];
-                for (int64_t i = 0; i < n; i++) {
-                    o.codes[lane*n + order[i]] = w[i*LANES + lane];
-                }
-                o.threshold[lane]  = theta[lane];
-                o.zero_point[lane] = zero[lane];
-                o.loss[lane]       = loss[lane];
             }
         };
-        std::copy(searched_zero, searched_zero + LANES, zero);
+        std::vector<trial> thresholds(THRESHOLD_STEPS), zero_points(2);
         for (int step = 0; step < THRESHOLD_STEPS; step++) {
-            const float factor = 1.04f - 0.02f*(float) step;
             for (int lane = 0; lane < LANES; lane++) {
-                theta[lane] = spike_threshold_on_grid(searched[lane]*factor);
+                thresholds[step].theta[lane] = spike_threshold_on_grid(searched[lane]*(1.04f - 0.02f*(float) step));
+                thresholds[step].zero[lane]  = searched_zero[lane];
             }
-            attempt();
         }
-        for (int lane = 0; lane < n_lanes; lane++) {
-            theta[lane] = best[0].threshold[lane];
-        }
-        for (const float step : { -1.0f, 1.0f }) {
+        attempt(thresholds);
+        for (int k = 0; k < 2; k++) {
             for (int lane = 0; lane < LANES; lane++) {
-                zero[lane] = clamp(searched_zero[lane] + step, 0.0f, 15.0f);
+                zero_points[k].theta[lane] = lane < n_lanes ? best[0].threshold[lane] : thresholds.back().theta[lane];
+                zero_points[k].zero[lane]  = clamp(searched_zero[lane] + (k == 0 ? -1.0f : 1.0f), 0.0f, 15.0f);
             }
-            attempt();
         }
+        attempt(zero_points);
+    }
+
+    // Puts a row's outcome where it belongs among the best, which are sorted by loss.
+    void keep(const trial & t, int lane, std::vector<outcome> & best) const {
+        size_t place = best.size();
+        while (place > 0 && t.loss[lane] < best[place - 1].loss[lane]) {
+            place--;
+        }
+        if (place == best.size()) {
+            return;
+        }
+        for (size_t k = best.size() - 1; k > place; k--) {
+            std::copy_n(best[k - 1].codes.begin() + lane*n, n, best[k].codes.begin() + lane*n);
+            best[k].threshold[lane]  = best[k - 1].threshold[lane];
+            best[k].zero_point[lane] = best[k - 1].zero_point[lane];
+            best[k].loss[lane]       = best[k - 1].loss[lane];
+        }
+        outcome & o = best[place];
+        for (int64_t i = 0; i < n; i++) {
+            o.codes[lane*n + order[i]] = t.w[i*LANES + lane];
+        }
+        o.threshold[lane]  = t.theta[lane];
+        o.zero_point[lane] = t.zero[lane];
+        o.loss[lane]       = t.loss[lane];
     }
 
     // Rounds input after input and lets the inputs to come make up for the error. On return w holds the codes.
     // In blocks: within one, every input at once; the inputs after it get all its errors in one go.
-    void run_gptq(std::vector<float> & w, const std::vector<float> & reach, const float * theta, const float * zero, float * loss) const {
+    void run_gptq(trial & t, const rows & reach) const {
+        rows & w = t.w;
+        const float * theta = t.theta;
+        const float * zero  = t.zero;
+        float * loss = t.loss;
         float inverse[LANES];
         std::vector<float> errors((size_t) (GPTQ_BLOCK*LANES));
         for (int lane = 0; lane < LANES; lane++) {
@@ -358,7 +488,8 @@ class quantizer {
                 columns[i*LANES + lane] = x[lane*n + i];
             }
         }
-        for (int64_t i = 0; i < n; i += STRIP) {
+        share_out(inner_threads, n/STRIP, [&](int64_t k_strip) {
+            const int64_t i = k_strip*STRIP;
             float strip[STRIP][LANES] = {};
             const float * m = transposed + i*n;
             auto add = [&](int64_t first, int64_t end) {
@@ -396,7 +527,7 @@ class quantizer {
                     out[lane*n + i + a] = strip[a][lane];
                 }
             }
-        }
+        });
     }
 
     void add_to_gradient(int64_t i, float change, float * g) const {
@@ -477,30 +608,46 @@ class quantizer {
     std::vector<int>        order;
     square                  u; // see factor_inverse; in GPTQ's order
     float                   mean_diagonal;
+    int                     inner_threads = 1; // within a batch
 };
+
+// Their inverse's factor in the order of importance; null if no output matters, or if they are not positive definite.
+square factor_outputs(const float * output_moments, int64_t n_rows, const spike_quantizer_options & options, std::vector<int> & order) {
+    std::vector<float> damped(output_moments, output_moments + n_rows*n_rows);
+    double sum = 0.0;
+    for (int64_t i = 0; i < n_rows; i++) {
+        sum += damped[i*n_rows + i];
+    }
+    if (!(sum > 0.0)) {
+        return nullptr;
+    }
+    for (int64_t i = 0; i < n_rows; i++) {
+        damped[i*n_rows + i] += options.output_damping*(float) (sum/(double) n_rows);
+    }
+    order.resize((size_t) n_rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return damped[a*(n_rows + 1)] > damped[b*(n_rows + 1)]; });
+    return factor_inverse(damped.data(), order, n_rows, options.n_threads);
+}
 
 } // namespace
 
-bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
-                               const spike_quantizer_options * options, block_spk4 * blocks, float * error) {
+bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, const float * output_moments, int64_t n_rows,
+                               int64_t n_inputs, const spike_quantizer_options * options, block_spk4 * blocks, float * error) {
     GGML_ASSERT(n_inputs % QK_SPK == 0 && options->salient_weights >= 0 && options->salient_weights <= SPIKE_SALIENT_SLOTS);
     quantizer q(weights, moments, deviations, n_rows, n_inputs, *options);
     if (!q.prepare()) {
         return false;
     }
-    std::atomic<int64_t> next { 0 };
-    auto work = [&] {
-        for (int64_t r0 = next.fetch_add(LANES); r0 < n_rows; r0 = next.fetch_add(LANES)) {
-            q.quantize_batch(r0, blocks, error);
-        }
-    };
-    std::vector<std::thread> threads;
-    for (int k = 1; k < options->n_threads; k++) {
-        threads.emplace_back(work);
+    std::vector<int> row_order;
+    square outputs;
+    if (output_moments != nullptr) {
+        outputs = factor_outputs(output_moments, n_rows, *options, row_order);
     }
-    work();
-    for (auto & thread : threads) {
-        thread.join();
+    if (outputs != nullptr) {
+        q.quantize_rows_in_order(row_order, outputs.get(), blocks, error);
+    } else {
+        q.quantize_rows(blocks, error);
     }
     return true;
 }

@@ -36,14 +36,18 @@ typedef struct {
     int32_t rotated;        // whether weights and moments are in the rotated basis: only sets the flag
     int32_t n_threads;
     float   correction;     // share of the predictable deviation of inputs that the weights make up for, 0..1
+    float   output_damping; // added to the diagonal of the moments of the outputs, as a share of its mean
 } spike_quantizer_options;
 
 // weights: n_rows x n_inputs floats; moments: n_inputs x n_inputs, mean of x^ x^T over the inputs x^ that the layer will see,
 // in the same basis; the diagonal is changed during the call. deviations: NULL, or the mean of x^ (x - x^)^T, x being the float model's inputs (row k belongs to x^_k).
+// output_moments: NULL, or n_rows x n_rows, mean of g g^T over the gradients g of what the model loses by the layer's outputs: rows then
+// make up for each other's errors. The rows of a layer whose outputs do not matter are quantized as without them.
 // error: per row, the mean squared output error over the calibration tokens, relative to the mean squared output.
 // Returns false if the moments are not positive definite after damping.
-GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, int64_t n_rows, int64_t n_inputs,
-                                                const spike_quantizer_options * options, block_spk4 * blocks, float * error);
+GGML_BACKEND_API bool spike_quantize_calibrated(const float * weights, float * moments, const float * deviations, const float * output_moments,
+                                                int64_t n_rows, int64_t n_inputs, const spike_quantizer_options * options, block_spk4 * blocks,
+                                                float * error);
 
 #ifdef __cplusplus
 }
