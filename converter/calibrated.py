@@ -351,7 +351,7 @@ def _calibrate(
     )
     cost = sensitivity_cost(source, plain, options.ctx)
     workers = cost.workers(threads, DEFAULT_MEMORY)
-    measured = tokens[np.arange(n := sensitivity_chunks(len(tokens))) * len(tokens) // n]
+    measured = sensitivity_chunks(tokens)
     if options.announce is not None:
         options.announce(
             estimate(

@@ -92,9 +92,10 @@ class Sensitivity:
         return np.frombuffer(self._file.read(4 * count), np.float32)
 
 
-def sensitivity_chunks(chunks: int) -> int:
-    """Chunks to measure on, of those of the calibration."""
-    return max(1, chunks // _CHUNK_SHARE)
+def sensitivity_chunks(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Those of the calibration text's int32[chunks, ctx] to measure on, spread over it."""
+    chosen = max(1, len(tokens) // _CHUNK_SHARE)
+    return tokens[np.arange(chosen) * len(tokens) // chosen]
 
 
 @dataclass(frozen=True)
