@@ -350,7 +350,7 @@ def _calibrate(
         _fingerprint(path, plain + experts, text, len(tokens), options, library, gradients is not None),
     )
     cost = sensitivity_cost(source, plain, options.ctx)
-    workers = cost.workers(threads, DEFAULT_MEMORY)
+    gradient_threads = cost.workers(threads, DEFAULT_MEMORY)
     measured = sensitivity_chunks(tokens)
     if options.announce is not None:
         options.announce(
@@ -361,7 +361,7 @@ def _calibrate(
                 options.ctx,
                 correction=options.correction > 0,
                 finished=len(journal),
-                more_memory=cost.memory(workers) if gradients is not None else 0,
+                more_memory=cost.memory(gradient_threads) if gradients is not None else 0,
                 more_products=cost.products * measured.size if gradients is not None else 0,
                 without_sensitivity=left_out,
             )
@@ -369,7 +369,7 @@ def _calibrate(
     sensitivity = None
     if gradients is not None:
         sensitivity = gradients.measure(
-            measured, workers, lambda done, total: progress(CALIBRATE, "gradients", done, total)
+            measured, gradient_threads, lambda done, total: progress(CALIBRATE, "gradients", done, total)
         )
         del gradients
     surveys = survey(path, tokens, sites, threads, progress)

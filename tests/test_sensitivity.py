@@ -268,6 +268,18 @@ def test_what_is_left_out(tiny_model_f32, tiny_text, tmp_path, monkeypatch):
     assert "without sensitivities of layers: 10 GB would be needed" in said[-1].sentence(2)
 
 
+def test_what_no_calibration_reaches_is_quantized_without(tiny_model_f32, tiny_text, tmp_path):
+    """As the output, with --pure."""
+    report = convert(
+        tiny_model_f32,
+        tmp_path / "out.gguf",
+        ConvertOptions(pure=True),
+        calibrate=calibration(CalibrationOptions(read_text(tiny_text), ctx=CTX, chunks=2)),
+    )
+    assert "gradients of" in report.calibration
+    assert set(report.uncalibrated) == {"token_embd.weight", "output.weight"}
+
+
 def test_cost(tiny_model_f32, tiny_model_factory):
     def cost(path: Path, ctx: int = CTX) -> Cost:
         with open_gguf(path, load()) as source:
