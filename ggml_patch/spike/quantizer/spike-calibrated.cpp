@@ -10,18 +10,17 @@
 // If it is known how much errors of the outputs matter, and which of them make up for each other, rows are not independent:
 // each makes up for the errors of those before it, as inputs do in GPTQ (two-sided rounding, after YAQA, Tseng et al. 2025).
 #include "spike-quantizer.h"
+#include "spike-threads.h"
 
 #include "ggml-impl.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <numeric>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -44,24 +43,6 @@ struct release {
 };
 
 using square = std::unique_ptr<float[], release>; // n x n, row by row
-
-// work(0) to work(count - 1), by several threads.
-template <typename work_t> void share_out(int n_threads, int64_t count, const work_t & work) {
-    std::atomic<int64_t> next { 0 };
-    auto take = [&] {
-        for (int64_t k = next.fetch_add(1); k < count; k = next.fetch_add(1)) {
-            work(k);
-        }
-    };
-    std::vector<std::thread> threads;
-    for (int k = 1; k < n_threads && k < count; k++) {
-        threads.emplace_back(take);
-    }
-    take();
-    for (auto & thread : threads) {
-        thread.join();
-    }
-}
 
 // U of (H + damping)^-1 = U^T U, upper triangular, its rows and columns in a given order of H's; below the diagonal is U^T.
 // Null if H is not positive definite. Plain loops over rows, in double: each element sees one fixed sequence of operations.

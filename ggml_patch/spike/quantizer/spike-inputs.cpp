@@ -4,6 +4,7 @@
 // tokens, and integer products are twice to three times as fast as those of floats. Whatever the order and the instructions, the
 // sum of a slice is the same.
 #include "spike-quantizer.h"
+#include "spike-threads.h"
 
 #include "ggml.h"
 
@@ -11,7 +12,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -25,17 +25,6 @@ constexpr int64_t BATCH = 64;                     // tokens that a thread prepar
 constexpr int64_t TILE_CODES = SPIKE_SLICE*TILE;  // of a slice: [pair][channel][token of the pair]
 constexpr int32_t LARGEST = 2047;                 // code; LARGEST^2*SPIKE_SLICE fits into 31 bits
 constexpr float   SMALLEST = 1e-30f;              // largest value of a channel that counts
-
-template <typename F> void in_threads(int n_threads, F && work) {
-    std::vector<std::thread> threads;
-    for (int k = 1; k < n_threads; k++) {
-        threads.emplace_back([&work] { work(); });
-    }
-    work();
-    for (auto & thread : threads) {
-        thread.join();
-    }
-}
 
 int64_t slices(int64_t n_tokens) {
     return (n_tokens + SPIKE_SLICE - 1)/SPIKE_SLICE;
@@ -180,21 +169,18 @@ void multiply(const int16_t * a, const int16_t * b, int64_t n_pairs, int32_t * s
 
 void spike_prepare_inputs(const float * x, int64_t n_tokens, int64_t n, const float * factors, const float * weights, float * y, int n_threads) {
     GGML_ASSERT(n % QK_SPK == 0);
-    std::atomic<int64_t> next { 0 };
-    in_threads(n_threads, [&] {
-        for (int64_t first = next.fetch_add(BATCH); first < n_tokens; first = next.fetch_add(BATCH)) {
-            for (int64_t t = first; t < std::min(first + BATCH, n_tokens); t++) {
-                const float * in = x + t*n;
-                float * out = y + t*n;
-                for (int64_t i = 0; i < n; i++) {
-                    out[i] = factors ? in[i]*factors[i] : in[i];
-                }
-                for (int64_t b = 0; b < n; b += QK_SPK) {
-                    spike_rotate_block(out + b);
-                }
-                for (int64_t i = 0; i < n; i++) {
-                    out[i] *= weights[t];
-                }
+    share_out(n_threads, (n_tokens + BATCH - 1)/BATCH, [&](int64_t batch) {
+        for (int64_t t = batch*BATCH; t < std::min((batch + 1)*BATCH, n_tokens); t++) {
+            const float * in = x + t*n;
+            float * out = y + t*n;
+            for (int64_t i = 0; i < n; i++) {
+                out[i] = factors ? in[i]*factors[i] : in[i];
+            }
+            for (int64_t b = 0; b < n; b += QK_SPK) {
+                spike_rotate_block(out + b);
+            }
+            for (int64_t i = 0; i < n; i++) {
+                out[i] *= weights[t];
             }
         }
     });
@@ -204,13 +190,10 @@ void spike_round_inputs(const float * x, int64_t n_tokens, int64_t n, int16_t * 
     GGML_ASSERT(n % TILE == 0);
     const int64_t n_tiles = n/TILE;
     const int64_t n_slices = slices(n_tokens);
-    std::atomic<int64_t> next { 0 };
-    in_threads(n_threads, [&] {
-        for (int64_t k = next++; k < n_slices*n_tiles; k = next++) {
-            const int64_t first = k/n_tiles*SPIKE_SLICE;
-            const int64_t channel = k%n_tiles*TILE;
-            round_tile(x + first*n + channel, std::min(SPIKE_SLICE, n_tokens - first), n, codes + k*TILE_CODES, steps + k*TILE);
-        }
+    share_out(n_threads, n_slices*n_tiles, [&](int64_t k) {
+        const int64_t first = k/n_tiles*SPIKE_SLICE;
+        const int64_t channel = k%n_tiles*TILE;
+        round_tile(x + first*n + channel, std::min(SPIKE_SLICE, n_tokens - first), n, codes + k*TILE_CODES, steps + k*TILE);
     });
 }
 
