@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t MOST_TOKENS = 128; // that share a copy of a tile's lines
 constexpr int64_t FEWEST_TOKENS = 16; // below, copies cost more than threads gain that keep to the tokens that they encoded
+constexpr int64_t TOKENS_TO_FINISH = 32; // whose potentials are still near when outputs are made of them
 constexpr int64_t FEW_TILES = 4; // per thread: with fewer, their shares of rows differ so much that half as many tokens still pay
 constexpr int64_t TOKEN_STRIDE = SPIKE_TILE_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
 constexpr int32_t LARGEST_IN_LINES = 16 << 8; // merged values beyond it are added token by token
@@ -167,18 +168,42 @@ auto copy_chunk(const matrix_tile & tile, int64_t n_chunks, int64_t chunk, uint8
     return tile.is_half() ? kernels->integrate_half_schedule : kernels->integrate_schedule;
 }
 
-// after: the tile that this thread will probably come to next.
-void integrate_chunk(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, int64_t chunk, prompt_scratch & s) {
-    const int64_t n_chunks  = tokens.schedules[0]->n_chunks;
-    const auto    integrate = copy_chunk(tile, n_chunks, chunk, s.lines);
-    next_lines coming = chunk + 1 < n_chunks ? next_lines(tile, n_chunks, chunk + 1) : next_lines(after, n_chunks, 0);
-    for (int64_t t = 0; t < tokens.n; t++) {
-        coming.bring(t + 1, tokens.n);
-        const spike_schedule * schedule = tokens.schedules[t];
-        prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
-        integrate(s.lines, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule), s.potential + t*TOKEN_STRIDE);
+// A chunk of a tile whose lines are copied together, while tokens run over it.
+class tile_chunk {
+  public:
+    // after: the tile that this thread will probably come to next.
+    tile_chunk(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, int64_t chunk, prompt_scratch & s)
+        : tile(tile), tokens(tokens), chunk(chunk), n_chunks(tokens.schedules[0]->n_chunks), lines(s.lines),
+          integrate(copy_chunk(tile, n_chunks, chunk, s.lines)),
+          coming(is_last() ? next_lines(after, n_chunks, 0) : next_lines(tile, n_chunks, chunk + 1)) {}
+
+    // Some tokens, the first of which has its potentials there. All tokens come one after the other.
+    void run(int64_t first_token, int64_t n_tokens, int32_t * potential) {
+        for (int64_t t = first_token; t < first_token + n_tokens; t++) {
+            const spike_schedule * schedule = tokens.schedules[t];
+            coming.bring(t + 1, tokens.n);
+            prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
+            if (is_last()) { // outputs are made soon; sooner asked for, they come while spikes are added
+                bring_near<near_for::writing>(tokens.outputs[t] + tile.first_row(), (size_t) tile.n_rows()*sizeof(float));
+            }
+            if (chunk == 0) {
+                memset(potential, 0, SPIKE_TILE_ROWS*sizeof(int32_t));
+            }
+            integrate(lines, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule), potential);
+            potential += TOKEN_STRIDE;
+        }
     }
-}
+
+  private:
+    bool is_last() const { return chunk + 1 == n_chunks; }
+
+    const matrix_tile & tile;
+    const token_block & tokens;
+    const int64_t       chunk, n_chunks;
+    const uint8_t *     lines;
+    decltype(spike_prompt_kernels::integrate_schedule) integrate;
+    next_lines          coming;
+};
 
 // A token whose classes do not fit one integer together. Its values are so extreme that speed hardly matters.
 void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule, float * output, prompt_scratch & s) {
@@ -204,9 +229,6 @@ void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule,
 // tokens are so few that each goes alone.
 void finish_tokens(const matrix_tile & tile, const row_settings & rows, const spike_schedule * const * schedules, float * const * outputs,
                    int64_t n_tokens, const int16_t * values, int32_t * potential) {
-    for (int64_t t = 0; t < n_tokens; t++) {
-        bring_near<near_for::writing>(outputs[t] + tile.first_row(), (size_t) tile.n_rows()*sizeof(float));
-    }
     if (values) {
         int32_t largest = 1;
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -231,14 +253,18 @@ void finish_tokens(const matrix_tile & tile, const row_settings & rows, const sp
 
 // values: lines of the tokens, or NULL.
 void compute_tile(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
-    memset(s.potential, 0, (size_t) (tokens.n*TOKEN_STRIDE)*sizeof(int32_t));
-    for (int64_t c = 0; c < tokens.schedules[0]->n_chunks; c++) {
-        integrate_chunk(tile, after, tokens, c, s);
+    const int64_t last_chunk = tokens.schedules[0]->n_chunks - 1;
+    for (int64_t c = 0; c < last_chunk; c++) {
+        tile_chunk(tile, after, tokens, c, s).run(0, tokens.n, s.potential);
     }
     const row_settings rows(tile);
-    for (int64_t t = 0; t < tokens.n; t += SPIKE_TOKEN_LINE) {
-        finish_tokens(tile, rows, tokens.schedules + t, tokens.outputs + t, std::min<int64_t>(SPIKE_TOKEN_LINE, tokens.n - t),
-                      values ? values + t*tile.layout.n_inputs : nullptr, s.potential + t*TOKEN_STRIDE); // a line of tokens per input
+    const int64_t at_once = values ? SPIKE_TOKEN_LINE : TOKENS_TO_FINISH;
+    tile_chunk chunk(tile, after, tokens, last_chunk, s);
+    for (int64_t t = 0; t < tokens.n; t += at_once) {
+        const int64_t n = std::min(at_once, tokens.n - t);
+        int32_t * potential = s.potential + (last_chunk > 0 ? t*TOKEN_STRIDE : 0); // the same memory again and again where nothing is in it yet
+        chunk.run(t, n, potential);
+        finish_tokens(tile, rows, tokens.schedules + t, tokens.outputs + t, n, values ? values + t*tile.layout.n_inputs : nullptr, potential); // a line of tokens per input
     }
     for (int64_t t = 0; t < tokens.n; t++) {
         if (!tokens.schedules[t]->merged) {
