@@ -108,7 +108,7 @@ static int check_prompts(int n_cases) {
 
 // ---- lines of tokens
 
-// All salient weights there are, and sums at the limits of 16 bits.
+// All bytes as salient weights, the invalid ones too, and sums at the limits of 16 bits.
 static int check_salient_lines(void) {
     static const int64_t BLOCKS[] = { 1, 2, 3, 7, 24, 63 };
     enum { N_SIZES = sizeof(BLOCKS)/sizeof(BLOCKS[0]), KINDS = 4, LENGTHS = SPIKE_TOKEN_LINE/SPIKE_TOKENS_AT_ONCE, STRIDE = SPIKE_TILE_ROWS + 8 };
@@ -123,7 +123,8 @@ static int check_salient_lines(void) {
         int16_t * values   = allocate((size_t) (n_blocks*QK_SPK*SPIKE_TOKEN_LINE)*sizeof(int16_t));
         int32_t * found = allocate(SPIKE_TOKEN_LINE*STRIDE*sizeof(int32_t)), * expected = allocate(SPIKE_TOKEN_LINE*STRIDE*sizeof(int32_t));
         for (int64_t j = 0; j < n; j++) {
-            salients[j] = kind == 0 ? any_salient() : (uint8_t) (random_below(QK_SPK) | (kind == 2 ? 2 : 1) << 6);
+            const uint8_t any = (uint8_t) next_random();
+            salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind == 2 ? 2 : 1) << 6);
         }
         for (int64_t j = 0; j < n_blocks*QK_SPK*SPIKE_TOKEN_LINE; j++) {
             values[j] = (int16_t) (kind == 0 ? random_below(2*largest + 1) - largest : kind == 3 ? -largest : largest);
@@ -163,7 +164,8 @@ static int check_salient_tokens(void) {
         uint64_t coarse_blocks[MOST][SPIKE_BLOCK_WORDS] = { { 0 } };
         int32_t found[MOST][SPIKE_TILE_ROWS], expected[MOST][SPIKE_TILE_ROWS];
         for (int64_t j = 0; j < n_salients; j++) {
-            salients[j] = kind == 0 ? any_salient() : (uint8_t) (random_below(QK_SPK) | (kind % 2 ? 1 : 2) << 6);
+            const uint8_t any = (uint8_t) next_random();
+            salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind % 2 ? 1 : 2) << 6);
         }
         for (int64_t t = 0; t < n_tokens; t++) {
             int8_t * fine = values + t*2*n, * coarse = fine + n;

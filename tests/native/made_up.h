@@ -35,12 +35,6 @@ static inline void * allocate(size_t size) {
     return memset(allocate_unset(size), 0, size);
 }
 
-// A salient weight or, half of the time, none.
-static inline uint8_t any_salient(void) {
-    const uint8_t extension = (uint8_t) random_below(4);
-    return extension == 1 || extension == 2 ? (uint8_t) (extension << 6 | random_below(QK_SPK)) : 0;
-}
-
 enum salience { NO_SALIENT, SOME_SALIENT, ALL_SALIENT, N_SALIENCES };
 enum codes    { RANDOM_CODES, SMALLEST_CODES, LARGEST_CODES, MIXED_EXTREMES, N_CODES };
 

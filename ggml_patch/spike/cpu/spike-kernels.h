@@ -37,7 +37,7 @@ typedef struct {
                            int32_t potential[SPIKE_HALF_TILE], spike_ahead * ahead);
 
     // Salient weights of a tile for one token: sum[row] = sum over extended weights of +-value.
-    // salients: [block][slot][row], sound as spike_is_sound finds them; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
+    // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]);
 
     // integrate for neighbouring tiles of a strip, and for every SPIKE_LIST_UNIT places in the program's lists and every tile

@@ -85,7 +85,7 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
                 switch (salients[r] >> 6) {
                     case 1: sum[r] = (int16_t) (sum[r] + value); break;
                     case 2: sum[r] = (int16_t) (sum[r] - value); break;
-                    default: break; // no weight
+                    default: break; // no weight, or an invalid one
                 }
             }
             salients += SPIKE_TILE_ROWS;

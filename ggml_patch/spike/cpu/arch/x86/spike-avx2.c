@@ -37,6 +37,9 @@ SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
 // 32 rows at a time, whose sums stay in registers.
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
     _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
+    const __m256i two_bits = _mm256_set1_epi8(3);
+    // bits 6-7: nothing, add, subtract, nothing
+    const __m256i sign_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
     for (int row = 0; row < SPIKE_TILE_ROWS; row += 32) {
         __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
         const uint8_t * next = salients + row;
@@ -47,8 +50,8 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 const __m256i salient = _mm256_loadu_si256((const __m256i *) next);
-                // bits 7-6 are 01 to add and 10 to subtract, and no weight is 0: so as a signed byte, a weight has its own sign
-                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), salient));
+                const __m256i sign    = _mm256_shuffle_epi8(sign_of, _mm256_and_si256(_mm256_srli_epi16(salient, 6), two_bits));
+                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign));
                 next += SPIKE_TILE_ROWS;
             }
             first  = _mm256_add_epi16(first,  _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
