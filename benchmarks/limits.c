@@ -2,11 +2,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { LANES = 64, CHAINS = 8 };
+// As wide as the CPU's own vectors: the compiler takes wider ones apart in memory, which would be the limit then.
+#if defined(__AVX512BW__)
+enum { LANES = 64 };
+#elif defined(__AVX2__)
+enum { LANES = 32 };
+#else
+enum { LANES = 16 };
+#endif
+enum { CHAINS = 8 };
 
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
-// Reads and adds up `size` bytes, a multiple of 512, `repeats` times. In memory this is the read bandwidth; in the
+// Reads and adds up `size` bytes, a multiple of LANES*CHAINS, `repeats` times. In memory this is the read bandwidth; in the
 // first-level cache the throughput of byte additions that load their operand.
 uint8_t add_bytes(const uint8_t * data, size_t size, size_t repeats) {
     bytes sum[CHAINS] = { { 0 } };
