@@ -40,6 +40,7 @@ ACCUMULATING = {
     "-prompt": {"integrate_schedule", "integrate_half_schedule"},
 }
 ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
+TABLES = {"spike_pack256"}  # of another file: their addresses look like those of functions
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_kernels_only_add(
     for name, instructions, calls in found:
         assert len(instructions) > 5, name
         assert not multiplications(instructions), name
-        assert calls <= ALLOWED_CALLS, f"{name} calls what was not looked at"
+        assert calls <= ALLOWED_CALLS | TABLES, f"{name} calls what was not looked at"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,4 +1,5 @@
 // AVX2 for many tokens.
+#include "spike-pack-256.h"
 #include "spike-schedule-256.h"
 #include "spike-token-lines.h"
 
@@ -13,22 +14,6 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
     run_schedule256(lines, SPIKE_LINE_BYTES/32, program, spikes, potential);
 }
 
-// For every set of eight lanes, the shuffle that moves its 16-bit lanes together.
-static uint8_t PACK[256][16];
-
-// Runs when the library is loaded, on CPUs without AVX, too: the flags of this file are not for it.
-__attribute__((constructor, target("no-avx"))) static void fill_pack(void) {
-    for (int set = 0; set < 256; set++) {
-        int n = 0;
-        for (int lane = 0; lane < 8; lane++) {
-            if (set >> lane & 1) {
-                PACK[set][n++] = (uint8_t) (2*lane);
-                PACK[set][n++] = (uint8_t) (2*lane + 1);
-            }
-        }
-    }
-}
-
 static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
     const __m256i w = _mm256_set1_epi8((char) wanted);
     uint16_t * next = list;
@@ -36,9 +21,7 @@ static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t
         uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (key + i)), w));
         for (int k = 0; k < 4; k++) {
             const __m128i eight = _mm_loadu_si128((const __m128i *) (line + i + 8*k));
-            const __m128i pack  = _mm_loadu_si128((const __m128i *) PACK[found & 255]);
-            _mm_storeu_si128((__m128i *) next, _mm_shuffle_epi8(eight, pack));
-            next  += __builtin_popcount(found & 255);
+            next = pack_numbers(eight, found & 255, next);
             found >>= 8;
         }
     }
@@ -58,9 +41,7 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
         const __m128i first = _mm_set1_epi16((int16_t) (i >> 6 << 7)); // line of the block
         for (int k = 0; k < 4; k++) {
             const __m128i eight = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *) (line_in_block + i + 8*k)));
-            const __m128i pack  = _mm_loadu_si128((const __m128i *) PACK[found & 255]);
-            _mm_storeu_si128((__m128i *) next, scaled(_mm_add_epi16(first, _mm_shuffle_epi8(eight, pack))));
-            next  += __builtin_popcount(found & 255);
+            next = pack_numbers(scaled(_mm_add_epi16(first, eight)), found & 255, next);
             found >>= 8;
         }
     }
