@@ -40,7 +40,7 @@ ACCUMULATING = {
     "-prompt": {"integrate_schedule", "integrate_half_schedule"},
 }
 ALLOWED_CALLS = {"memset", "memcpy", "__stack_chk_fail"}
-TABLES = {"spike_pack256"}  # of another file: their addresses look like those of functions
+TABLES = {"spike_pack"}  # of another file: their addresses look like those of functions
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ function(spike_add_kernels target)
     spike_add_sources(${target}
         ${SPIKE_DIR}/cpu/spike-kernels.c
         ${SPIKE_DIR}/cpu/spike-layout.c
+        ${SPIKE_DIR}/cpu/spike-pack.c
         ${SPIKE_DIR}/cpu/spike-plain.c
         ${SPIKE_DIR}/cpu/spike-plain-prompt.c
         ${SPIKE_DIR}/cpu/spike-potentials.c

@@ -1,4 +1,5 @@
 // NEON (AdvSIMD of aarch64) for many tokens.
+#include "spike/cpu/spike-pack.h"
 #include "spike/cpu/spike-salient-lines.h"
 
 #include <arm_neon.h>
@@ -195,25 +196,10 @@ SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const i
     }
 }
 
-// For every set of eight lanes, the table look-up that moves its 16-bit lanes together.
-static uint8_t PACK[256][16];
-
-__attribute__((constructor)) static void fill_pack(void) {
-    for (int set = 0; set < 256; set++) {
-        int n = 0;
-        for (int lane = 0; lane < 8; lane++) {
-            if (set >> lane & 1) {
-                PACK[set][n++] = (uint8_t) (2*lane);
-                PACK[set][n++] = (uint8_t) (2*lane + 1);
-            }
-        }
-    }
-}
-
 // Appends the lines whose keys are equal.
 SPIKE_INLINE uint16_t * append(uint16_t * next, uint16x8_t lines, uint8x8_t equal) {
     static const uint8_t BITS[8] = { 1, 2, 4, 8, 16, 32, 64, 128 };
-    const uint8x16_t pack = vld1q_u8(PACK[vaddv_u8(vand_u8(equal, vld1_u8(BITS)))]);
+    const uint8x16_t pack = vld1q_u8(spike_pack[vaddv_u8(vand_u8(equal, vld1_u8(BITS)))]);
     vst1q_u16(next, vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(lines), pack)));
     return next - (int8_t) vaddv_u8(equal); // a byte that is equal is -1
 }

@@ -1,8 +1,7 @@
 // AVX2: 256-bit byte and 16-bit additions.
+#include "spike-list-passes.h"
 #include "spike-pack-256.h"
 #include "spike-program-256.h"
-
-#include <string.h>
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
@@ -63,19 +62,8 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-uint8_t spike_pack256[256][16];
-
-// Runs when the library is loaded, on CPUs without AVX, too: the flags of this file are not for it.
-__attribute__((constructor, target("no-avx"))) static void fill_pack(void) {
-    for (int set = 0; set < 256; set++) {
-        int n = 0;
-        for (int lane = 0; lane < 8; lane++) {
-            if (set >> lane & 1) {
-                spike_pack256[set][n++] = (uint8_t) (2*lane);
-                spike_pack256[set][n++] = (uint8_t) (2*lane + 1);
-            }
-        }
-    }
+SPIKE_INLINE __m128i first_numbers(int64_t first) {
+    return _mm_add_epi16(_mm_set1_epi16((short) first), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 // Those of 32 inputs that are found, the first of which have these numbers.
@@ -88,47 +76,32 @@ SPIKE_INLINE uint16_t * list_numbers(uint32_t found, __m128i numbers, uint16_t *
     return next;
 }
 
-// A pass for every bucket: the counting sort of the plain C kernel would wait for the counter of a bucket before it comes to the next input,
-// because the CPU learns that the two may be the same.
-static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
-                        spike_lists * lists) {
-    const __m128i numbers = _mm_add_epi16(_mm_set1_epi16((short) first), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m128i inputs  = _mm_set1_epi16(32);
+SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t first, uint16_t * list, int * largest) {
+    __m128i numbers = first_numbers(first);
     __m256i top = _mm256_setzero_si256();
-    __m128i number = numbers;
-    uint16_t * next_active = active;
     for (int64_t i = 0; i < n; i += 32) {
         const __m256i  v      = _mm256_loadu_si256((const __m256i *) (values + i));
         const uint32_t silent = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256()));
-        next_active = list_numbers(~silent, number, next_active);
-        number = _mm_add_epi16(number, inputs);
-        top    = _mm256_max_epu8(top, _mm256_abs_epi8(v));
+        list    = list_numbers(~silent, numbers, list);
+        numbers = _mm_add_epi16(numbers, _mm_set1_epi16(32));
+        top     = _mm256_max_epu8(top, _mm256_abs_epi8(v));
     }
-    int largest = SPIKE_MAX_MAGNITUDE;
-    while (largest > 0 && !_mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8((char) largest)))) {
-        largest--;
+    *largest = SPIKE_MAX_MAGNITUDE;
+    while (*largest > 0 && !_mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8((char) *largest)))) {
+        --*largest;
     }
-    const __m128i padding = _mm_set1_epi16((short) zero_line);
-    uint16_t * next = lines;
-    memset(lists->count, 0, sizeof(lists->count));
-    for (int m = largest; m > 0; m--) {
-        for (int negative = 0; negative < 2; negative++) {
-            const __m256i wanted = _mm256_set1_epi8((char) (negative ? -m : m));
-            uint16_t * end = next;
-            number = numbers;
-            for (int64_t i = 0; i < n; i += 32) {
-                const __m256i v = _mm256_loadu_si256((const __m256i *) (values + i));
-                end    = list_numbers((uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, wanted)), number, end);
-                number = _mm_add_epi16(number, inputs);
-            }
-            _mm_storel_epi64((__m128i *) end, padding);
-            const uint32_t count = (uint32_t) (end - next);
-            next += (count + SPIKE_LIST_UNIT - 1) & ~(uint32_t) (SPIKE_LIST_UNIT - 1);
-            lists->count[2*m + negative] = (uint16_t) count;
-        }
+    return list;
+}
+
+SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t first, int wanted, uint16_t * list) {
+    const __m256i w = _mm256_set1_epi8((char) wanted);
+    __m128i numbers = first_numbers(first);
+    for (int64_t i = 0; i < n; i += 32) {
+        const __m256i v = _mm256_loadu_si256((const __m256i *) (values + i));
+        list    = list_numbers((uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, w)), numbers, list);
+        numbers = _mm_add_epi16(numbers, _mm_set1_epi16(32));
     }
-    lists->n_places = (uint32_t) (next - lines);
-    lists->n_active = (uint32_t) (next_active - active);
+    return list;
 }
 
 const spike_kernels spike_kernels_avx2 = { "avx2", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx2 };

@@ -1,8 +1,7 @@
 // AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector.
+#include "spike-list-passes.h"
 #include "spike-program-256.h"
 #include "spike-sums-512.h"
-
-#include <string.h>
 
 static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
     0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
@@ -106,40 +105,29 @@ static inline uint32_t list_numbers(__mmask64 found, __m512i first, uint16_t * l
     return n;
 }
 
-static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
-                        spike_lists * lists) {
-    const __m512i block = _mm512_set1_epi16(QK_SPK);
+SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t first, uint16_t * list, int * largest) {
     __m512i top = _mm512_setzero_si512(), number = _mm512_set1_epi16((short) first);
-    uint16_t * next_active = active;
     for (int64_t i = 0; i < n; i += QK_SPK) {
         const __m512i v = _mm512_loadu_si512(values + i);
-        next_active += list_numbers(_mm512_test_epi8_mask(v, v), number, next_active);
-        number = _mm512_add_epi16(number, block);
+        list  += list_numbers(_mm512_test_epi8_mask(v, v), number, list);
+        number = _mm512_add_epi16(number, _mm512_set1_epi16(QK_SPK));
         top    = _mm512_max_epu8(top, _mm512_abs_epi8(v));
     }
-    int largest = SPIKE_MAX_MAGNITUDE;
-    while (largest > 0 && !_mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8((char) largest))) {
-        largest--;
+    *largest = SPIKE_MAX_MAGNITUDE;
+    while (*largest > 0 && !_mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8((char) *largest))) {
+        --*largest;
     }
-    const __m128i padding = _mm_set1_epi16((short) zero_line);
-    uint16_t * next = lines;
-    memset(lists->count, 0, sizeof(lists->count));
-    for (int m = largest; m > 0; m--) {
-        for (int negative = 0; negative < 2; negative++) {
-            const __m512i wanted = _mm512_set1_epi8((char) (negative ? -m : m));
-            uint32_t count = 0;
-            number = _mm512_set1_epi16((short) first);
-            for (int64_t i = 0; i < n; i += QK_SPK) {
-                count += list_numbers(_mm512_cmpeq_epi8_mask(_mm512_loadu_si512(values + i), wanted), number, next + count);
-                number = _mm512_add_epi16(number, block);
-            }
-            _mm_storel_epi64((__m128i *) (next + count), padding);
-            next += (count + SPIKE_LIST_UNIT - 1) & ~(uint32_t) (SPIKE_LIST_UNIT - 1);
-            lists->count[2*m + negative] = (uint16_t) count;
-        }
+    return list;
+}
+
+SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t first, int wanted, uint16_t * list) {
+    const __m512i w = _mm512_set1_epi8((char) wanted);
+    __m512i number = _mm512_set1_epi16((short) first);
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        list  += list_numbers(_mm512_cmpeq_epi8_mask(_mm512_loadu_si512(values + i), w), number, list);
+        number = _mm512_add_epi16(number, _mm512_set1_epi16(QK_SPK));
     }
-    lists->n_places = (uint32_t) (next - lines);
-    lists->n_active = (uint32_t) (next_active - active);
+    return list;
 }
 
 const spike_kernels spike_kernels_avx512 = { "avx512", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512 };
