@@ -52,8 +52,8 @@ class ExactCacheModel(Model):
 def some_sequences(runtime: Model) -> list[np.ndarray]:
     """Tokens of N_SEQUENCES contexts.
 
-    Several: where an activation lies on the edge between two codes, the last bit of a sum of floats, which is not
-    the same on all CPUs, decides for the rest of its context.
+    Several: where an activation lies on the edge between two codes, the last bit of a sum of floats, which is
+    not the same on all CPUs, decides for the rest of its context.
     """
     tokens = np.asarray(runtime.tokenize(some_text(3000).encode()))
     return np.split(tokens[: N_SEQUENCES * N_TOKENS], N_SEQUENCES)
@@ -160,7 +160,9 @@ def test_potentials_and_outputs_are_those_of_the_reference_and_the_runtime():
 def test_logits_are_those_of_the_runtime(spike_file):
     with ExactCacheModel(spike_file, ctx_size=N_TOKENS) as runtime:
         sequences = some_sequences(runtime)
-        expected = np.concatenate([block.copy() for tokens in sequences for block in runtime.logits(tokens, 8)])
+        expected = np.concatenate(
+            [block.copy() for tokens in sequences for block in runtime.logits(tokens, 8)]
+        )
     model = load_model(spike_file)
     found = np.concatenate([model.logits(tokens, first=8) for tokens in sequences])
     assert found.shape == expected.shape
