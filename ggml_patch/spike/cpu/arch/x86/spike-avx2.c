@@ -1,7 +1,8 @@
 // AVX2: 256-bit byte and 16-bit additions.
-#include "spike-list-passes.h"
 #include "spike-pack-256.h"
 #include "spike-program-256.h"
+
+#include <string.h>
 
 static void integrate(const uint8_t * lines, const spike_program * program, const uint32_t * offsets,
                       int32_t potential[SPIKE_TILE_ROWS]) {
@@ -93,15 +94,57 @@ SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t fi
     return list;
 }
 
-SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t first, int wanted, uint16_t * list) {
-    const __m256i w = _mm256_set1_epi8((char) wanted);
-    __m128i numbers = first_numbers(first);
-    for (int64_t i = 0; i < n; i += 32) {
-        const __m256i v = _mm256_loadu_si256((const __m256i *) (values + i));
-        list    = list_numbers((uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, w)), numbers, list);
-        numbers = _mm_add_epi16(numbers, _mm_set1_epi16(32));
+// A value's inputs in a block, and the place in the lists before that of the first one (modulo 2^64).
+typedef struct {
+    uint64_t inputs; // bit by bit
+    uint64_t place_before;
+} value_in_block;
+
+// Which of 64 inputs have a value, bit by bit.
+SPIKE_INLINE uint64_t find_value(const int8_t * values, __m256i wanted) {
+    const __m256i lower = _mm256_loadu_si256((const __m256i *) values), upper = _mm256_loadu_si256((const __m256i *) (values + 32));
+    const uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(lower, wanted));
+    return found | (uint64_t) (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(upper, wanted)) << 32;
+}
+
+// An input's place follows from its value and how many inputs up to it share the value in the block. So no input waits for another; a counting sort needs a counter soon after it was written, which takes some CPUs three times as long as others.
+static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
+                        spike_lists * lists) {
+    enum { N_VALUES = 2*SPIKE_MAX_MAGNITUDE + 1 };
+    value_in_block table[SPIKE_CHUNK_BLOCKS][N_VALUES]; // [block][value + 16]
+    int largest;
+    lists->n_active = (uint32_t) (list_active(values, n, first, active, &largest) - active);
+    memset(lists->count, 0, sizeof(lists->count));
+    const int64_t n_blocks = n/QK_SPK;
+    const __m128i padding = _mm_set1_epi16((short) zero_line);
+    uint64_t next = 0;
+    for (int m = largest; m > 0; m--) {
+        for (int negative = 0; negative < 2; negative++) {
+            const int      value = negative ? -m : m;
+            const __m256i  all   = _mm256_set1_epi8((char) value);
+            const uint64_t start = next;
+            for (int64_t b = 0; b < n_blocks; b++) {
+                const uint64_t found = find_value(values + b*QK_SPK, all);
+                table[b][SPIKE_MAX_MAGNITUDE + value] = (value_in_block) { found, next - 1 };
+                next += (uint64_t) __builtin_popcountll(found);
+            }
+            lists->count[2*m + negative] = (uint16_t) (next - start);
+            _mm_storel_epi64((__m128i *) (lines + next), padding);
+            next = start + ((next - start + SPIKE_LIST_UNIT - 1) & ~(uint64_t) (SPIKE_LIST_UNIT - 1));
+        }
     }
-    return list;
+    lists->n_places = (uint32_t) next;
+    for (int64_t b = 0; b < n_blocks; b++) {
+        value_in_block * of_value = table[b] + SPIKE_MAX_MAGNITUDE;
+        of_value[0] = (value_in_block) { 0, next }; // what is silent goes beyond the end
+        const uint16_t number = (uint16_t) (first + b*QK_SPK);
+#pragma GCC unroll 64
+        for (int i = 0; i < QK_SPK; i++) {
+            const value_in_block * own = of_value + values[b*QK_SPK + i];
+            const uint64_t alike = (uint64_t) __builtin_popcountll(own->inputs << (QK_SPK - 1 - i));
+            lines[own->place_before + alike] = (uint16_t) (number + i);
+        }
+    }
 }
 
 const spike_kernels spike_kernels_avx2 = { "avx2", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx2 };
