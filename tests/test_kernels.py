@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 
 import numpy as np
 import pytest
@@ -44,7 +44,8 @@ class _Kernels(ctypes.Structure):
         ("name", c_char_p),
         ("integrate", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("integrate_half", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
-        ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p)),
+        ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+        ("salients_ahead", c_bool),
         (
             "integrate_ahead",
             ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
@@ -214,7 +215,10 @@ def test_salient_weights(name, density):
             salients = (salients & 63) | 0x40
         salients[rng.random(salients.shape) >= density] = 0
         found = np.zeros(TILE, np.int16)
-        kernels(name).add_salient(salients.ctypes.data, values.ctypes.data, n_blocks, found.ctypes.data)
+        next_tile = salients.ctypes.data if n_blocks % 2 else None
+        kernels(name).add_salient(
+            salients.ctypes.data, values.ctypes.data, n_blocks, found.ctypes.data, next_tile
+        )
         sign = np.array([0, 1, -1, 0])[salients >> 6]
         looked_up = values.reshape(n_blocks, 64)[np.arange(n_blocks)[:, None, None], salients & 63].astype(
             np.int64

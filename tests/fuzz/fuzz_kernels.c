@@ -31,7 +31,7 @@ static void tile_potentials(const spike_kernels * kernel, const spike_layout * l
         }
         int16_t sum[SPIKE_TILE_ROWS];
         kernel->add_salient(spike_salients_of_tile(layout, packed, tile, 0, 0), spike_train_values(train, layout->n_inputs, k),
-                            layout->n_blocks, sum);
+                            layout->n_blocks, sum, NULL);
         for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
             own[r] += 16*sum[r];
         }

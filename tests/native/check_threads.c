@@ -45,7 +45,7 @@ static void integrate_tile(const spike_kernels * kernels, const spike_train * tr
         }
         int16_t sum[SPIKE_TILE_ROWS];
         kernels->add_salient(spike_salients_of_tile(&layout, packed, tile, 0, 0), spike_train_values(train, N_INPUTS, k),
-                             layout.n_blocks, sum);
+                             layout.n_blocks, sum, NULL);
         for (int r = 0; r < SPIKE_TILE_ROWS; r++) {
             own[r] += 16*sum[r];
         }

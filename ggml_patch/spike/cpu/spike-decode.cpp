@@ -4,7 +4,7 @@
 // order of their addresses: a CPU drops prefetches that come in bursts, and its own prefetcher loses track where silent
 // inputs are left out. So the work of a thread is a sequence of stages, one for each chunk of inputs, and while a stage
 // computes, the lines of the next one are requested, one for every so many places of its spike lists, with a part of the salient
-// weights; and with what follows the last chunk the first one of the next product.
+// weights (see append_salients); and with what follows the last chunk the first one of the next product.
 //
 // Several tokens meet the lines of a stage one after the other, so that these come from memory once. The first token goes with the
 // requests; they are for all inputs, of which hardly any is silent in all tokens.
@@ -308,12 +308,19 @@ class stage_list {
         }
     }
 
-    // A part of the group's salient weights, all of which are needed after its last chunk.
+    // The group's salient weights are needed after its last chunk. In all they may be as many bytes as two chunks of lines, too many to wait in
+    // a small second-level cache: so that with the last chunk come those of the first tile, and the others while those before them are added.
+    // Where the kernel does not request any, a part of all comes with each chunk.
     void append_salients() {
-        const uint8_t * first  = spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0);
-        const int64_t   n_runs = group.n_tiles()*layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS/requests.run_bytes();
-        const int64_t   begin  = (chunk - 1)*n_runs/train->n_chunks, end = chunk*n_runs/train->n_chunks;
-        requests.append_bytes(first + begin*requests.run_bytes(), (end - begin)*requests.run_bytes());
+        const uint8_t * first   = spike_salients_of_tile(&layout, packed, group.first_tile, 0, 0);
+        const int64_t   of_tile = layout.n_blocks*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS/requests.run_bytes(); // runs
+        if (!spike_select_kernels()->salients_ahead) {
+            const int64_t n_runs = group.n_tiles()*of_tile;
+            const int64_t begin  = (chunk - 1)*n_runs/train->n_chunks, end = chunk*n_runs/train->n_chunks;
+            requests.append_bytes(first + begin*requests.run_bytes(), (end - begin)*requests.run_bytes());
+        } else if (chunk == train->n_chunks) {
+            requests.append_bytes(first, of_tile*requests.run_bytes());
+        }
     }
 
     void append_next_product() {
@@ -405,10 +412,11 @@ void compute_tiles(const spike_layout & layout, const uint8_t * packed, const to
         }
         for (int64_t tile = 0; tile < group.n_tiles(); tile++) {
             const uint8_t * salients = spike_salients_of_tile(&layout, packed, tile0 + tile, 0, 0);
+            const uint8_t * next     = tile + 1 < group.n_tiles() ? spike_salients_of_tile(&layout, packed, tile0 + tile + 1, 0, 0) : nullptr;
             for (int64_t t = 0; t < tokens.n; t++) {
                 const served_token & token = tokens.tokens[t];
                 int32_t * potential = token.potential + tile*SPIKE_CLASSES*SPIKE_TILE_ROWS;
-                add_salient_of_token(salients, layout, token.train, potential);
+                add_salient_of_token(salients, layout, token.train, potential, t == 0 ? next : nullptr);
                 read_out(token.train, token.output, layout, packed, tile0 + tile, potential);
             }
         }

@@ -67,9 +67,10 @@ const char * spikequant_kernel(void) {
     return spike_select_kernels()->name;
 }
 
-static void add_salient_class(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const int8_t * values, int shift, int32_t * potential) {
+static void add_salient_class(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const int8_t * values, int shift, const uint8_t * next_tile,
+                              int32_t * potential) {
     int16_t sum[SPIKE_TILE_ROWS];
-    spike_select_kernels()->add_salient(salients, values, n_blocks, sum);
+    spike_select_kernels()->add_salient(salients, values, n_blocks, sum, next_tile);
     for (int64_t r = 0; r < n_rows; r++) {
         potential[r] = (int32_t) ((uint32_t) potential[r] + ((uint32_t) (16*sum[r]) << shift)); // may wrap on its way
     }
@@ -83,7 +84,7 @@ void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t 
     for (int64_t t = 0; t < n_tokens; t++) {
         const spike_salient_token * token = tokens + t;
         if (token->fine) {
-            add_salient_class(salients, n_rows, n_blocks, token->fine, 0, token->potential);
+            add_salient_class(salients, n_rows, n_blocks, token->fine, 0, token->next_tile, token->potential);
         }
         for (int64_t first = 0, end; token->coarse && first < n_blocks; first = end) { // one run of blocks with coarse values after the other
             for (end = first; end < n_blocks && has_coarse(token, end); end++) {}
@@ -92,7 +93,7 @@ void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t 
                 continue;
             }
             add_salient_class(salients + first*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, n_rows, end - first, token->coarse + first*QK_SPK, token->shift,
-                              token->potential);
+                              NULL, token->potential);
         }
     }
 }

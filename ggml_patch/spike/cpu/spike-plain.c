@@ -76,7 +76,9 @@ static void integrate_half(const uint8_t * lines, const spike_program * program,
     run_program(lines, SPIKE_HALF_LINE, program, offsets, potential);
 }
 
-static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
+                        const uint8_t * next_tile) {
+    (void) next_tile; // nothing is requested
     memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
     for (int64_t b = 0; b < n_blocks; b++) {
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
@@ -94,4 +96,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, integrate_half, add_salient, NULL, spike_list_spikes, &spike_prompt_kernels_plain_c };
+const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, integrate_half, add_salient, false, NULL, spike_list_spikes, &spike_prompt_kernels_plain_c };

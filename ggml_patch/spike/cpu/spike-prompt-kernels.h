@@ -35,6 +35,7 @@ typedef struct {
     const uint64_t * coarse_blocks; // bits of the blocks in which any is not
     int32_t          shift;
     int32_t *        potential;
+    const uint8_t *  next_tile;     // salient weights that will be needed next, or NULL
 } spike_salient_token;
 
 typedef struct {

@@ -37,8 +37,9 @@ class scratch_arrays {
     char * next;
 };
 
-// Adds the share of a tile's salient weights to the potentials [class][row].
-void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, const spike_train * train, int32_t * potential);
+// Adds the share of a tile's salient weights to the potentials [class][row]. next_tile: those that will be needed next, or nullptr.
+void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, const spike_train * train, int32_t * potential,
+                          const uint8_t * next_tile);
 
 // Offsets of the lines that fire where lines are so far apart.
 void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets);

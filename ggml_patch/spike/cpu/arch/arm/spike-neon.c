@@ -99,7 +99,9 @@ static void integrate_half(const uint8_t * lines, const spike_program * program,
     run_program(lines, VECTORS/2, program, offsets, potential);
 }
 
-static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
+                        const uint8_t * next_tile) {
+    (void) next_tile; // nothing is requested
     enum { BLOCKS_PER_BYTE_SUM = 127/(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE), ROW_VECTORS = SPIKE_TILE_ROWS/16 };
     memset(sum, 0, SPIKE_TILE_ROWS*sizeof(int16_t));
     for (int64_t b0 = 0; b0 < n_blocks; b0 += BLOCKS_PER_BYTE_SUM) {
@@ -135,4 +137,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_neon = { "neon", integrate, integrate_half, add_salient, NULL, spike_list_spikes, &spike_prompt_kernels_neon };
+const spike_kernels spike_kernels_neon = { "neon", integrate, integrate_half, add_salient, false, NULL, spike_list_spikes, &spike_prompt_kernels_neon };

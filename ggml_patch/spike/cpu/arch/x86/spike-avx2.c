@@ -35,12 +35,14 @@ SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
     return _mm256_blendv_epi8(below, above, bit5);
 }
 
-// 32 rows at a time, whose sums stay in registers.
-static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+// 32 rows at a time, whose sums stay in registers. For each of their blocks two lines of the next tile: all lines for 128 rows.
+static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
+                        const uint8_t * next_tile) {
     _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
     const __m256i two_bits = _mm256_set1_epi8(3);
     // bits 6-7: nothing, add, subtract, nothing
     const __m256i sign_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+    const uint8_t * ahead = next_tile ? next_tile : salients;
     for (int row = 0; row < SPIKE_TILE_ROWS; row += 32) {
         __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
         const uint8_t * next = salients + row;
@@ -55,6 +57,8 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
                 bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign));
                 next += SPIKE_TILE_ROWS;
             }
+            prefetch_pair(ahead);
+            ahead += 2*SPIKE_LINE_BYTES;
             first  = _mm256_add_epi16(first,  _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
             second = _mm256_add_epi16(second, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1)));
         }
@@ -147,4 +151,6 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_
     }
 }
 
-const spike_kernels spike_kernels_avx2 = { "avx2", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx2 };
+const spike_kernels spike_kernels_avx2 = {
+    "avx2", integrate, integrate_half, add_salient, true, integrate_ahead, list_spikes, &spike_prompt_kernels_avx2,
+};

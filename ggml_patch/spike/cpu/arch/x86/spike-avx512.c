@@ -70,7 +70,9 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
 }
 
 // 64 rows at a time, whose sums stay in registers.
-static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS]) {
+static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
+                        const uint8_t * next_tile) {
+    (void) next_tile; // nothing is requested
     _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
     for (int row = 0; row < SPIKE_TILE_ROWS; row += 64) {
         __m512i first = _mm512_setzero_si512(), second = _mm512_setzero_si512();
@@ -130,4 +132,6 @@ SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t fir
     return list;
 }
 
-const spike_kernels spike_kernels_avx512 = { "avx512", integrate, integrate_half, add_salient, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512 };
+const spike_kernels spike_kernels_avx512 = {
+    "avx512", integrate, integrate_half, add_salient, false, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512,
+};
