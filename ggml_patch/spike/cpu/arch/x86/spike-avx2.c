@@ -81,6 +81,7 @@ SPIKE_INLINE uint16_t * list_numbers(uint32_t found, __m128i numbers, uint16_t *
     return next;
 }
 
+// The inputs that fire, numbered from `first` on. Returns where the list ends. largest: of their magnitudes.
 SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t first, uint16_t * list, int * largest) {
     __m128i numbers = first_numbers(first);
     __m256i top = _mm256_setzero_si256();

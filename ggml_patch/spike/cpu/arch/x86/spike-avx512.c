@@ -1,7 +1,8 @@
 // AVX-512 (F, BW, VL, VBMI): a line of 128 neurons in one vector.
-#include "spike-list-passes.h"
 #include "spike-program-256.h"
 #include "spike-sums-512.h"
+
+#include <string.h>
 
 static const uint8_t NUMBERS[QK_SPK] __attribute__((aligned(64))) = {
     0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
@@ -107,6 +108,7 @@ static inline uint32_t list_numbers(__mmask64 found, __m512i first, uint16_t * l
     return n;
 }
 
+// The inputs that fire, numbered from `first` on. Returns where the list ends. largest: of their magnitudes.
 SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t first, uint16_t * list, int * largest) {
     __m512i top = _mm512_setzero_si512(), number = _mm512_set1_epi16((short) first);
     for (int64_t i = 0; i < n; i += QK_SPK) {
@@ -122,6 +124,7 @@ SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t fi
     return list;
 }
 
+// The same of one value.
 SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t first, int wanted, uint16_t * list) {
     const __m512i w = _mm512_set1_epi8((char) wanted);
     __m512i number = _mm512_set1_epi16((short) first);
@@ -130,6 +133,26 @@ SPIKE_INLINE uint16_t * list_value(const int8_t * values, int64_t n, int64_t fir
         number = _mm512_add_epi16(number, _mm512_set1_epi16(QK_SPK));
     }
     return list;
+}
+
+// By a pass for every magnitude and sign: the counting sort of the plain C kernel needs a counter soon after it was written.
+static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
+                        spike_lists * lists) {
+    int largest;
+    lists->n_active = (uint32_t) (list_active(values, n, first, active, &largest) - active);
+    memset(lists->count, 0, sizeof(lists->count));
+    const __m128i padding = _mm_set1_epi16((short) zero_line);
+    uint16_t * next = lines;
+    for (int m = largest; m > 0; m--) {
+        for (int negative = 0; negative < 2; negative++) {
+            uint16_t * end = list_value(values, n, first, negative ? -m : m, next);
+            const uint32_t count = (uint32_t) (end - next);
+            _mm_storel_epi64((__m128i *) end, padding);
+            next += (count + SPIKE_LIST_UNIT - 1) & ~(uint32_t) (SPIKE_LIST_UNIT - 1);
+            lists->count[2*m + negative] = (uint16_t) count;
+        }
+    }
+    lists->n_places = (uint32_t) (next - lines);
 }
 
 const spike_kernels spike_kernels_avx512 = {
