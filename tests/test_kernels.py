@@ -46,6 +46,7 @@ class _Kernels(ctypes.Structure):
         ("integrate_half", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("add_salient", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
         ("salients_ahead", c_bool),
+        ("even_strips", c_bool),
         (
             "integrate_ahead",
             ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),

@@ -41,7 +41,7 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
             const spike_program * program = spike_train_program(train, k, c);
             const bool requests = kernels->integrate_ahead && !gathered; // a prefetch of the same lines changes nothing
             // with the neighbours on both sides, as far as the strip has any
-            const int64_t before = !half && tile % SPIKE_STRIP_TILES > 0, after = tile + 1 < spike_end_of_strip(layout, tile);
+            const int64_t before = !half && tile % layout->strip_tiles > 0, after = tile + 1 < spike_end_of_strip(layout, tile);
             // a run for every few places, and not one more
             const int64_t n_runs = SPIKE_AHEAD_FIRST + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
             const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));

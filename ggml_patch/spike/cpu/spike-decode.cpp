@@ -18,18 +18,28 @@ namespace spike {
 namespace {
 
 constexpr int64_t  MOST_TOGETHER  = 8;    // tokens
+constexpr int64_t  MOST_TILES     = SPIKE_STRIP_TILES; // of a group
 constexpr uint32_t MAX_STAGE_RUNS = 1024; // further ones are left to the CPU's own prefetcher
 constexpr uint32_t MAX_RUNS       = SPIKE_AHEAD_FIRST + 4*MAX_STAGE_RUNS; // few, so that the list stays near
 
 int64_t count_together(int64_t n_tokens) { return std::min(n_tokens, MOST_TOGETHER); }
 
-// Tiles that a thread computes together: neighbours in a strip, and a matrix's half tile with the last of them.
+// Tiles that a thread computes together: neighbours in strips of equal width, and a matrix's half tile with the last of them.
 struct tile_group {
     int64_t first_tile, n_whole;
     bool    with_half;
 
     int64_t n_tiles() const { return n_whole + with_half; }
     int64_t half_tile() const { return first_tile + n_whole; }
+
+    // The whole tiles strip by strip: f(first tile, how many).
+    template <typename F> void for_each_strip(const spike_layout & layout, F f) const {
+        const int64_t end = first_tile + n_whole;
+        for (int64_t tile = first_tile, next; tile < end; tile = next) {
+            next = std::min(end, spike_end_of_strip(&layout, tile));
+            f(tile, next - tile);
+        }
+    }
 };
 
 // A token that a thread serves, with what it keeps for it.
@@ -51,7 +61,7 @@ struct decode_scratch {
         scratch_arrays arrays(memory);
         arrays.take(runs, MAX_RUNS);
         for (int64_t t = 0; t < n_tokens; t++) {
-            arrays.take(tokens[t].potential, (SPIKE_STRIP_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
+            arrays.take(tokens[t].potential, (MOST_TILES + 1)*SPIKE_CLASSES*SPIKE_TILE_ROWS);
             arrays.take(tokens[t].offsets, spike_max_spikes(n_inputs, n_chunks));
             arrays.take(tokens[t].half_offsets, spike_max_spikes(n_inputs, n_chunks));
         }
@@ -97,9 +107,14 @@ struct share {
         layout(layout), first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
 
     tile_group group_at(int64_t tile) const {
-        const int64_t end = spike_is_half_tile(&layout, tile) ? tile : std::min(end_tile, spike_end_of_strip(&layout, tile));
+        int64_t end = tile;
+        while (end < std::min(end_tile, layout.n_whole_tiles) && end < tile + MOST_TILES && stride_of(end) == stride_of(tile)) {
+            end = std::min(std::min(end_tile, tile + MOST_TILES), spike_end_of_strip(&layout, end));
+        }
         return { tile, end - tile, end < end_tile && spike_is_half_tile(&layout, end) };
     }
+
+    size_t stride_of(int64_t tile) const { return spike_lines_of_tile(&layout, nullptr, tile).stride; }
 };
 
 // What a thread needs first in its next product: the lines of a chunk of inputs, of which nobody knows yet which will fire.
@@ -160,26 +175,28 @@ class request_list {
     template <typename F>
     void append_lines(const spike_layout & layout, const uint8_t * packed, const tile_group & group, int64_t first_input, int64_t end_input,
                       int64_t n_inputs, F input_at) {
-        const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, group.first_tile);
-        const bool narrow = lines.stride < 4*SPIKE_LINE_BYTES;
-        lines_of_run = narrow ? 4 : std::min<int64_t>(std::max<int64_t>(group.n_whole, 2), group.n_whole % 4 == 0 ? 4 : 6);
-        if (group.n_whole == 0) {
-            return;
-        }
-        if (narrow) {
-            append_bytes(lines.first + (size_t) first_input*lines.stride, (end_input - first_input)*(int64_t) lines.stride);
-            return;
-        }
-        const int64_t  n_runs = (group.n_whole + lines_of_run - 1)/lines_of_run;
-        const int64_t  last   = std::max<int64_t>(group.n_whole - lines_of_run, 0)*SPIKE_LINE_BYTES;
-        const int64_t  n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
-        switch (n_runs) {
-            case 1: list_runs<1>(lines, last, n, input_at); break;
-            case 2: list_runs<2>(lines, last, n, input_at); break;
-            case 3: list_runs<3>(lines, last, n, input_at); break;
-            case 4: list_runs<4>(lines, last, n, input_at); break;
-            default: GGML_ABORT("a strip has %d tiles at most", SPIKE_STRIP_TILES);
-        }
+        const size_t stride = spike_lines_of_tile(&layout, packed, group.first_tile).stride;
+        const bool   narrow = stride < 4*SPIKE_LINE_BYTES;
+        int64_t widest = 0;
+        group.for_each_strip(layout, [&](int64_t, int64_t n_tiles) { widest = std::max(widest, n_tiles); });
+        lines_of_run = narrow ? 4 : std::min<int64_t>(std::max<int64_t>(widest, 2), widest % 4 == 0 ? 4 : 6);
+        group.for_each_strip(layout, [&](int64_t tile, int64_t n_tiles) {
+            const spike_tile_lines lines = spike_lines_of_tile(&layout, packed, tile);
+            if (narrow) {
+                append_bytes(lines.first + (size_t) first_input*stride, (end_input - first_input)*(int64_t) stride);
+                return;
+            }
+            const int64_t n_runs = (n_tiles + lines_of_run - 1)/lines_of_run;
+            const int64_t last   = std::max<int64_t>(n_tiles - lines_of_run, 0)*SPIKE_LINE_BYTES;
+            const int64_t n      = std::min(n_inputs, MAX_STAGE_RUNS/n_runs);
+            switch (n_runs) {
+                case 1: list_runs<1>(lines, last, n, input_at); break;
+                case 2: list_runs<2>(lines, last, n, input_at); break;
+                case 3: list_runs<3>(lines, last, n, input_at); break;
+                case 4: list_runs<4>(lines, last, n, input_at); break;
+                default: GGML_ABORT("a strip has %d tiles at most", SPIKE_STRIP_TILES);
+            }
+        });
     }
 
     // All lines of a half tile from one input to another: two share a cache line, and hardly ever are both silent.
@@ -263,7 +280,9 @@ class stage_list {
     void start() {
         const tile_group first = own.group_at(own.first_tile);
         const int64_t    n_inputs = spike_chunk_start(layout.n_inputs, train->n_chunks, 1);
-        wait_for(spike_lines_of_tile(&layout, packed, first.first_tile), first.n_whole, n_inputs);
+        first.for_each_strip(layout, [&](int64_t tile, int64_t n_tiles) {
+            wait_for(spike_lines_of_tile(&layout, packed, tile), n_tiles, n_inputs);
+        });
         if (first.with_half) {
             wait_for(spike_lines_of_tile(&layout, packed, first.half_tile()), 1, n_inputs);
         }
@@ -347,20 +366,23 @@ class stage_list {
 void integrate_chunk(const spike_kernels * kernels, const served_token & token, int64_t chunk, const spike_layout & layout, const uint8_t * packed,
                      const tile_group & group, spike_ahead * ahead) {
     constexpr int64_t STRIDE = SPIKE_CLASSES*SPIKE_TILE_ROWS;
-    const uint8_t * lines = spike_lines_of_tile(&layout, packed, group.first_tile).first;
     for (int k = 0; k < SPIKE_CLASSES; k++) {
         const spike_program * program = spike_train_program(token.train, k, chunk);
         if (program->n_steps == 0) {
             continue;
         }
         int32_t * potential = token.potential + k*SPIKE_TILE_ROWS;
-        if (ahead) {
-            kernels->integrate_ahead(lines, group.n_whole, program, token.offsets, potential, STRIDE, ahead);
-        } else {
-            for (int64_t t = 0; t < group.n_whole; t++) {
-                kernels->integrate(lines + t*SPIKE_LINE_BYTES, program, token.offsets, potential + t*STRIDE);
+        group.for_each_strip(layout, [&](int64_t tile, int64_t n_tiles) {
+            const uint8_t * lines = spike_lines_of_tile(&layout, packed, tile).first;
+            int32_t *       own   = potential + (tile - group.first_tile)*STRIDE;
+            if (ahead) {
+                kernels->integrate_ahead(lines, n_tiles, program, token.offsets, own, STRIDE, ahead);
+                return;
             }
-        }
+            for (int64_t t = 0; t < n_tiles; t++) {
+                kernels->integrate(lines + t*SPIKE_LINE_BYTES, program, token.offsets, own + t*STRIDE);
+            }
+        });
         if (group.with_half) {
             kernels->integrate_half(spike_lines_of_tile(&layout, packed, group.half_tile()).first, program, token.half_offsets,
                                     potential + group.n_whole*STRIDE, ahead);

@@ -45,6 +45,9 @@ typedef struct {
     // Whether add_salient prefetches those of the next tile. Else integrate_ahead requests them with the lines.
     bool salients_ahead;
 
+    // Whether matrices are stored in an even number of strips (see spike-layout.h).
+    bool even_strips;
+
     // integrate for neighbouring tiles of a strip, and for every SPIKE_LIST_UNIT places in the program's lists and every tile
     // (see spike_program_places) prefetches of a run into the second-level cache, of lines that a later program needs.
     // The potentials of tile t are at potential + t*potential_stride. NULL: there is only integrate.

@@ -96,4 +96,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, integrate_half, add_salient, false, NULL, spike_list_spikes, &spike_prompt_kernels_plain_c };
+const spike_kernels spike_kernels_plain_c = { "plain-c", integrate, integrate_half, add_salient, false, false, NULL, spike_list_spikes, &spike_prompt_kernels_plain_c };

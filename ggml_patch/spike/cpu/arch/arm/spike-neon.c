@@ -137,4 +137,4 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-const spike_kernels spike_kernels_neon = { "neon", integrate, integrate_half, add_salient, false, NULL, spike_list_spikes, &spike_prompt_kernels_neon };
+const spike_kernels spike_kernels_neon = { "neon", integrate, integrate_half, add_salient, false, false, NULL, spike_list_spikes, &spike_prompt_kernels_neon };

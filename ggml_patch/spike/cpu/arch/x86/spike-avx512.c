@@ -156,5 +156,5 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_
 }
 
 const spike_kernels spike_kernels_avx512 = {
-    "avx512", integrate, integrate_half, add_salient, false, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512,
+    "avx512", integrate, integrate_half, add_salient, false, false, integrate_ahead, list_spikes, &spike_prompt_kernels_avx512,
 };
