@@ -107,9 +107,14 @@ struct share {
         layout(layout), first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
 
     tile_group group_at(int64_t tile) const {
+        const int64_t end_whole = std::min(end_tile, layout.n_whole_tiles);
         int64_t end = tile;
-        while (end < std::min(end_tile, layout.n_whole_tiles) && end < tile + MOST_TILES && stride_of(end) == stride_of(tile)) {
-            end = std::min(std::min(end_tile, tile + MOST_TILES), spike_end_of_strip(&layout, end));
+        while (end < end_whole && stride_of(end) == stride_of(tile)) {
+            const int64_t next = std::min(end_whole, spike_end_of_strip(&layout, end));
+            if (next - tile > MOST_TILES) {
+                break;
+            }
+            end = next;
         }
         return { tile, end - tile, end < end_tile && spike_is_half_tile(&layout, end) };
     }
