@@ -7,7 +7,7 @@
 
 namespace spike {
 
-constexpr int64_t DECODE_CHUNK_BLOCKS = 2;  // a strip's lines of three such chunks (384 KB) stay in the second-level cache
+constexpr int64_t DECODE_CHUNK_BLOCKS = 2;  // lines of 16 tiles for three such chunks (384 KB) stay in the second-level cache
 constexpr int64_t DECODE_SHORT_CHUNK_BLOCKS = 3; // of short inputs (few chunks, and usually narrow strips) and of several tokens (longer lists)
 constexpr int64_t SHORT_INPUTS        = 1024;
 constexpr int64_t PROMPT_CHUNK_BLOCKS = 12; // a tile's lines fill six of eight ways of the second-level cache's sets that a full strip leaves them

@@ -112,7 +112,8 @@ SPIKE_INLINE uint64_t find_value(const int8_t * values, __m256i wanted) {
     return found | (uint64_t) (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(upper, wanted)) << 32;
 }
 
-// An input's place follows from its value and how many inputs up to it share the value in the block. So no input waits for another; a counting sort needs a counter soon after it was written, which takes some CPUs three times as long as others.
+// An input's place follows from its value and how many inputs up to it share the value in the block. So no input waits for
+// another; a counting sort needs a counter soon after it was written, which takes some CPUs three times as long as others.
 static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t zero_line, uint16_t * lines, uint16_t * active,
                         spike_lists * lists) {
     enum { N_VALUES = 2*SPIKE_MAX_MAGNITUDE + 1 };
