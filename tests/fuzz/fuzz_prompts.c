@@ -121,7 +121,7 @@ static void check_lines(fuzz_input * input, const spike_kernels ** kernels, int 
                 coarse_blocks[t] |= (uint64_t) (coarse[t][i] != 0) << i/QK_SPK;
             }
             if (fine[t]) {
-                tokens[n_tokens++] = (spike_salient_token) { fine[t], coarse[t], &coarse_blocks[t], shift[t], potential + t*SPIKE_TILE_ROWS, NULL };
+                tokens[n_tokens++] = (spike_salient_token) { fine[t], coarse[t], &coarse_blocks[t], shift[t], potential + t*SPIKE_TILE_ROWS };
             }
         }
         kernels[k]->prompt->add_salient_tokens(salients, SPIKE_TILE_ROWS, n_blocks, tokens, n_tokens);

@@ -175,7 +175,7 @@ static int check_salient_tokens(void) {
                 coarse[j] = (int8_t) (!loud ? 0 : kind == 0 ? random_below(32) - 16 : kind > 2 ? -16 : 15);
                 coarse_blocks[t][j/QK_SPK/64] |= (uint64_t) (coarse[j] != 0) << j/QK_SPK % 64;
             }
-            tokens[t] = (spike_salient_token) { fine, t == 3 ? NULL : coarse, coarse_blocks[t], (int32_t) random_below(SPIKE_MAX_SHIFT + 1), found[t], NULL };
+            tokens[t] = (spike_salient_token) { fine, t == 3 ? NULL : coarse, coarse_blocks[t], (int32_t) random_below(SPIKE_MAX_SHIFT + 1), found[t] };
             for (int64_t r = 0; r < SPIKE_TILE_ROWS; r++) {
                 uint32_t sum = (uint32_t) (found[t][r] = (int32_t) next_random());
                 for (int64_t s = r; r < n_rows && s < n_salients; s += SPIKE_TILE_ROWS) {

@@ -80,20 +80,23 @@ static bool has_coarse(const spike_salient_token * token, int64_t block) {
     return token->coarse_blocks[block/64] >> block % 64 & 1;
 }
 
+void spike_add_salient_token(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * token, const uint8_t * next_tile) {
+    if (token->fine) {
+        add_salient_class(salients, n_rows, n_blocks, token->fine, 0, next_tile, token->potential);
+    }
+    for (int64_t first = 0, end; token->coarse && first < n_blocks; first = end) { // one run of blocks with coarse values after the other
+        for (end = first; end < n_blocks && has_coarse(token, end); end++) {}
+        if (end == first) {
+            end++;
+            continue;
+        }
+        add_salient_class(salients + first*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, n_rows, end - first, token->coarse + first*QK_SPK, token->shift,
+                          NULL, token->potential);
+    }
+}
+
 void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens) {
     for (int64_t t = 0; t < n_tokens; t++) {
-        const spike_salient_token * token = tokens + t;
-        if (token->fine) {
-            add_salient_class(salients, n_rows, n_blocks, token->fine, 0, token->next_tile, token->potential);
-        }
-        for (int64_t first = 0, end; token->coarse && first < n_blocks; first = end) { // one run of blocks with coarse values after the other
-            for (end = first; end < n_blocks && has_coarse(token, end); end++) {}
-            if (end == first) {
-                end++;
-                continue;
-            }
-            add_salient_class(salients + first*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS, n_rows, end - first, token->coarse + first*QK_SPK, token->shift,
-                              NULL, token->potential);
-        }
+        spike_add_salient_token(salients, n_rows, n_blocks, tokens + t, NULL);
     }
 }

@@ -35,7 +35,6 @@ typedef struct {
     const uint64_t * coarse_blocks; // bits of the blocks in which any is not
     int32_t          shift;
     int32_t *        potential;
-    const uint8_t *  next_tile;     // salient weights that will be needed next, or NULL
 } spike_salient_token;
 
 typedef struct {
@@ -84,6 +83,9 @@ typedef struct {
 
 // Class by class, with add_salient of the kernels in use. Without fine values (NULL) there are only coarse ones.
 void spike_add_salient_tokens(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * tokens, int64_t n_tokens);
+
+// The same of one token. next_tile: as of add_salient.
+void spike_add_salient_token(const uint8_t * salients, int64_t n_rows, int64_t n_blocks, const spike_salient_token * token, const uint8_t * next_tile);
 
 // By gather_inputs of the kernels in use.
 uint32_t spike_list_rare(const spike_chunk_values * values, const spike_rare_steps * of, uint16_t * lines, uint8_t * steps);

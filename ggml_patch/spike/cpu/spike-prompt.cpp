@@ -90,7 +90,7 @@ void add_salient_by_tokens(const matrix_tile & tile, const spike_schedule * cons
         if (schedule->merged) {
             tokens[n++] = { spike_schedule_values(schedule, tile.layout.n_inputs, 0),
                             schedule->shift > 0 ? spike_schedule_values(schedule, tile.layout.n_inputs, 1) : nullptr,
-                            schedule->coarse_blocks, schedule->shift, potential + t*TOKEN_STRIDE, nullptr };
+                            schedule->coarse_blocks, schedule->shift, potential + t*TOKEN_STRIDE };
         }
     }
     spike_select_kernels()->prompt->add_salient_tokens(tile.salients(), tile.n_neurons(), tile.layout.n_blocks, tokens, n);
@@ -215,7 +215,7 @@ void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule,
         }
     }
     for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-        const spike_salient_token token = { spike_schedule_values(schedule, tile.layout.n_inputs, k), nullptr, nullptr, 0, potential[k], nullptr };
+        const spike_salient_token token = { spike_schedule_values(schedule, tile.layout.n_inputs, k), nullptr, nullptr, 0, potential[k] };
         spike_select_kernels()->prompt->add_salient_tokens(tile.salients(), tile.n_neurons(), tile.layout.n_blocks, &token, 1);
     }
     const row_settings rows(tile);

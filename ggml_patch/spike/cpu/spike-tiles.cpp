@@ -10,10 +10,14 @@ namespace spike {
 
 void add_salient_of_token(const uint8_t * salients, const spike_layout & layout, const spike_train * train, int32_t * potential,
                           const uint8_t * next_tile) {
-    const spike_salient_token fine = { spike_train_values(train, layout.n_inputs, 0), nullptr, nullptr, 0, potential, next_tile };
-    const spike_salient_token coarse = { nullptr, spike_train_values(train, layout.n_inputs, 1), train->coarse_blocks, 0, potential + SPIKE_TILE_ROWS, nullptr };
-    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &fine, train->fires[0]);
-    spike_add_salient_tokens(salients, SPIKE_TILE_ROWS, layout.n_blocks, &coarse, train->fires[1]);
+    const spike_salient_token fine = { spike_train_values(train, layout.n_inputs, 0), nullptr, nullptr, 0, potential };
+    const spike_salient_token coarse = { nullptr, spike_train_values(train, layout.n_inputs, 1), train->coarse_blocks, 0, potential + SPIKE_TILE_ROWS };
+    if (train->fires[0]) {
+        spike_add_salient_token(salients, SPIKE_TILE_ROWS, layout.n_blocks, &fine, next_tile);
+    }
+    if (train->fires[1]) {
+        spike_add_salient_token(salients, SPIKE_TILE_ROWS, layout.n_blocks, &coarse, nullptr);
+    }
 }
 
 void find_offsets(const spike_train * train, size_t stride, uint32_t * offsets) {

@@ -14,10 +14,6 @@ size_t spike_train_size(int64_t n_inputs, int64_t n_chunks) {
     return (size + 63) & ~(size_t) 63;
 }
 
-static uint32_t padded(uint32_t n) {
-    return (n + SPIKE_LIST_UNIT - 1)/SPIKE_LIST_UNIT*SPIKE_LIST_UNIT;
-}
-
 // The bucket of a value. Signs are as good as random, so that a branch would be mispredicted half of the time.
 static inline uint8_t bucket_of(int8_t value) {
     const int8_t  negative  = (int8_t) (value >> 7);
@@ -45,7 +41,7 @@ static uint32_t place_lists(const uint16_t count[SPIKE_BUCKETS], uint16_t zero_l
     for (int m = SPIKE_MAX_MAGNITUDE; m > 0; m--) {
         for (int bucket = 2*m; bucket < 2*m + 2; bucket++) {
             place[bucket] = next;
-            next += padded(count[bucket]);
+            next += spike_padded(count[bucket]);
             if (count[bucket] > 0) { // the last places, of which inputs will overwrite all but the padding
                 for (uint32_t e = 1; e <= SPIKE_LIST_UNIT; e++) {
                     lines[next - e] = zero_line;
@@ -124,8 +120,8 @@ static void lay_out_program(const spike_lists * lists, uint32_t first, spike_pro
     int32_t fired = 0, fired_signed = 0, steps = 0, steps_signed = 0;
     for (int m = largest; m > 0; m--) {
         spike_step * step = &program->steps[largest - m];
-        step->n_positive = (uint16_t) padded(count[2*m]);
-        step->n_negative = (uint16_t) padded(count[2*m + 1]);
+        step->n_positive = (uint16_t) spike_padded(count[2*m]);
+        step->n_negative = (uint16_t) spike_padded(count[2*m + 1]);
         step->spill      = 0;
 
         fired        += count[2*m] + count[2*m + 1];

@@ -70,6 +70,11 @@ void spike_list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_t
 // Sets the bits of blocks in which any value is not zero; the others are zero before.
 void spike_find_blocks(const int8_t * values, int64_t n_blocks, uint64_t * found);
 
+// The length of a list of n spikes, padding included.
+static inline uint32_t spike_padded(uint32_t n) {
+    return (n + SPIKE_LIST_UNIT - 1)/SPIKE_LIST_UNIT*SPIKE_LIST_UNIT;
+}
+
 // How many chunks of at most so many blocks (1..SPIKE_CHUNK_BLOCKS) an input takes. Their sizes differ by one block at most.
 static inline int64_t spike_chunks(int64_t n_inputs, int64_t chunk_blocks) {
     return (n_inputs/QK_SPK + chunk_blocks - 1)/chunk_blocks;

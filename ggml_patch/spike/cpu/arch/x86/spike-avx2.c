@@ -42,7 +42,6 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     const __m256i two_bits = _mm256_set1_epi8(3);
     // bits 6-7: nothing, add, subtract, nothing
     const __m256i sign_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    const uint8_t * ahead = next_tile ? next_tile : salients;
     for (int row = 0; row < SPIKE_TILE_ROWS; row += 32) {
         __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
         const uint8_t * next = salients + row;
@@ -57,8 +56,10 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
                 bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign));
                 next += SPIKE_TILE_ROWS;
             }
-            prefetch_pair(ahead);
-            ahead += 2*SPIKE_LINE_BYTES;
+            if (next_tile) {
+                prefetch_pair(next_tile);
+                next_tile += 2*SPIKE_LINE_BYTES;
+            }
             first  = _mm256_add_epi16(first,  _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
             second = _mm256_add_epi16(second, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1)));
         }
@@ -136,7 +137,7 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_
             }
             lists->count[2*m + negative] = (uint16_t) (next - start);
             _mm_storel_epi64((__m128i *) (lines + next), padding);
-            next = start + ((next - start + SPIKE_LIST_UNIT - 1) & ~(uint64_t) (SPIKE_LIST_UNIT - 1));
+            next = start + spike_padded((uint32_t) (next - start));
         }
     }
     lists->n_places = (uint32_t) next;

@@ -148,7 +148,7 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_
             uint16_t * end = list_value(values, n, first, negative ? -m : m, next);
             const uint32_t count = (uint32_t) (end - next);
             _mm_storel_epi64((__m128i *) end, padding);
-            next += (count + SPIKE_LIST_UNIT - 1) & ~(uint32_t) (SPIKE_LIST_UNIT - 1);
+            next += spike_padded(count);
             lists->count[2*m + negative] = (uint16_t) count;
         }
     }
