@@ -16,6 +16,12 @@ static inline uint32_t next_random(void) { // splitmix64
     return (uint32_t) (z >> 32);
 }
 
+// A salient weight as a valid matrix may have it: one that adds or subtracts, or none.
+static inline uint8_t random_salient(void) {
+    const uint8_t any = (uint8_t) next_random();
+    return any >= 0x40 && any < 0xC0 ? any : 0;
+}
+
 static inline int64_t random_below(int64_t n) {
     return (int64_t) ((uint64_t) next_random()*(uint64_t) n >> 32);
 }

@@ -26,9 +26,11 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
     ahead->position = own.position;
 }
 
-// Looks 32 positions up in a block's 64 values: four tables of 16, chosen by position bits 4 and 5.
+// Looks 32 positions up in a block's 64 values: four tables of 16, chosen by position bits 4 and 5. Sums move these to the sign of
+// their bytes: unlike shifts they do not wait for where the CPU executes shuffles.
 SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
-    const __m256i bit4 = _mm256_slli_epi16(salient, 3), bit5 = _mm256_slli_epi16(salient, 2); // to the sign of their bytes
+    const __m256i twice = _mm256_add_epi8(salient, salient);
+    const __m256i bit5  = _mm256_add_epi8(twice, twice), bit4 = _mm256_add_epi8(bit5, bit5);
     const __m256i index = _mm256_and_si256(salient, _mm256_set1_epi8(15));
     const __m256i below = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[0], index), _mm256_shuffle_epi8(table[1], index), bit4);
     const __m256i above = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], index), _mm256_shuffle_epi8(table[3], index), bit4);
@@ -39,9 +41,6 @@ SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
 static void add_salient(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
                         const uint8_t * next_tile) {
     _Static_assert(SPIKE_SALIENT_SLOTS*SPIKE_MAX_MAGNITUDE <= INT8_MAX, "bytes hold the sum of a block");
-    const __m256i two_bits = _mm256_set1_epi8(3);
-    // bits 6-7: nothing, add, subtract, nothing
-    const __m256i sign_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
     for (int row = 0; row < SPIKE_TILE_ROWS; row += 32) {
         __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
         const uint8_t * next = salients + row;
@@ -52,8 +51,7 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 const __m256i salient = _mm256_loadu_si256((const __m256i *) next);
-                const __m256i sign    = _mm256_shuffle_epi8(sign_of, _mm256_and_si256(_mm256_srli_epi16(salient, 6), two_bits));
-                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign));
+                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), salient)); // sound ones have their sign
                 next += SPIKE_TILE_ROWS;
             }
             if (next_tile) {
