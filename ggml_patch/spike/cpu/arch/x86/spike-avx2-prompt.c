@@ -15,15 +15,13 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
 }
 
 static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
-    const __m256i w = _mm256_set1_epi8((char) wanted);
     uint16_t * next = list;
-    for (int64_t i = 0; i < n; i += 32) {
-        uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (key + i)), w));
-        for (int k = 0; k < 4; k++) {
-            const __m128i eight = _mm_loadu_si128((const __m128i *) (line + i + 8*k));
-            next = pack_numbers(eight, found & 255, next);
-            found >>= 8;
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        const uint64_t found = find_bytes(key + i, _mm256_set1_epi8((char) wanted));
+        for (int k = 0; k < QK_SPK/8; k++) {
+            pack_eight(_mm_loadu_si128((const __m128i *) (line + i + 8*k)), found, k, next);
         }
+        next += __builtin_popcountll(found);
     }
     return (uint32_t) (next - list);
 }
@@ -34,16 +32,15 @@ SPIKE_INLINE __m128i scaled(__m128i lines) {
 }
 
 static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block, int64_t n, uint8_t wanted, uint16_t * list) {
-    const __m256i w = _mm256_set1_epi8((char) wanted);
     uint16_t * next = list;
-    for (int64_t i = 0; i < n; i += 32) {
-        uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *) (key + i)), w));
-        const __m128i first = _mm_set1_epi16((int16_t) (i >> 6 << 7)); // line of the block
-        for (int k = 0; k < 4; k++) {
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        const uint64_t found = find_bytes(key + i, _mm256_set1_epi8((char) wanted));
+        const __m128i  first = _mm_set1_epi16((int16_t) (2*i)); // line of the block
+        for (int k = 0; k < QK_SPK/8; k++) {
             const __m128i eight = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *) (line_in_block + i + 8*k)));
-            next = pack_numbers(scaled(_mm_add_epi16(first, eight)), found & 255, next);
-            found >>= 8;
+            pack_eight(scaled(_mm_add_epi16(first, eight)), found, k, next);
         }
+        next += __builtin_popcountll(found);
     }
     return (uint32_t) (next - list);
 }

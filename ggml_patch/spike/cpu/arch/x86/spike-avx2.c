@@ -66,30 +66,20 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
     }
 }
 
-SPIKE_INLINE __m128i first_numbers(int64_t first) {
-    return _mm_add_epi16(_mm_set1_epi16((short) first), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-// Those of 32 inputs that are found, the first of which have these numbers.
-SPIKE_INLINE uint16_t * list_numbers(uint32_t found, __m128i numbers, uint16_t * next) {
-    for (int k = 0; k < 4; k++) {
-        next    = pack_numbers(numbers, found & 255, next);
-        numbers = _mm_add_epi16(numbers, _mm_set1_epi16(8));
-        found >>= 8;
-    }
-    return next;
-}
-
 // The inputs that fire, numbered from `first` on. Returns where the list ends. largest: of their magnitudes.
 SPIKE_INLINE uint16_t * list_active(const int8_t * values, int64_t n, int64_t first, uint16_t * list, int * largest) {
-    __m128i numbers = first_numbers(first);
+    __m128i numbers = _mm_add_epi16(_mm_set1_epi16((short) first), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
     __m256i top = _mm256_setzero_si256();
-    for (int64_t i = 0; i < n; i += 32) {
-        const __m256i  v      = _mm256_loadu_si256((const __m256i *) (values + i));
-        const uint32_t silent = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256()));
-        list    = list_numbers(~silent, numbers, list);
-        numbers = _mm_add_epi16(numbers, _mm_set1_epi16(32));
-        top     = _mm256_max_epu8(top, _mm256_abs_epi8(v));
+    for (int64_t i = 0; i < n; i += QK_SPK) {
+        const uint64_t fires = ~find_bytes(values + i, _mm256_setzero_si256());
+        for (int k = 0; k < QK_SPK/8; k++) {
+            pack_eight(numbers, fires, k, list);
+            numbers = _mm_add_epi16(numbers, _mm_set1_epi16(8));
+        }
+        list += __builtin_popcountll(fires);
+        for (int k = 0; k < QK_SPK; k += 32) {
+            top = _mm256_max_epu8(top, _mm256_abs_epi8(_mm256_loadu_si256((const __m256i *) (values + i + k))));
+        }
     }
     *largest = SPIKE_MAX_MAGNITUDE;
     while (*largest > 0 && !_mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8((char) *largest)))) {
@@ -103,13 +93,6 @@ typedef struct {
     uint64_t inputs; // bit by bit
     uint64_t place_before;
 } value_in_block;
-
-// Which of 64 inputs have a value, bit by bit.
-SPIKE_INLINE uint64_t find_value(const int8_t * values, __m256i wanted) {
-    const __m256i lower = _mm256_loadu_si256((const __m256i *) values), upper = _mm256_loadu_si256((const __m256i *) (values + 32));
-    const uint32_t found = (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(lower, wanted));
-    return found | (uint64_t) (uint32_t) _mm256_movemask_epi8(_mm256_cmpeq_epi8(upper, wanted)) << 32;
-}
 
 // An input's place follows from its value and how many inputs up to it share the value in the block. So no input waits for
 // another; a counting sort needs a counter soon after it was written, which takes some CPUs three times as long as others.
@@ -129,7 +112,7 @@ static void list_spikes(const int8_t * values, int64_t n, int64_t first, uint16_
             const __m256i  all   = _mm256_set1_epi8((char) value);
             const uint64_t start = next;
             for (int64_t b = 0; b < n_blocks; b++) {
-                const uint64_t found = find_value(values + b*QK_SPK, all);
+                const uint64_t found = find_bytes(values + b*QK_SPK, all);
                 table[b][SPIKE_MAX_MAGNITUDE + value] = (value_in_block) { found, next - 1 };
                 next += (uint64_t) __builtin_popcountll(found);
             }
