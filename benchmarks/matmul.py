@@ -2,8 +2,9 @@
 
 The time is that of a MUL_MAT in a graph, as llama.cpp runs it: the input is float32, its encoding counts.
 For one token the weights come from memory, as in a model: the graph multiplies copies of the matrix, one
-after the other, that take several last-level caches, each with an input of its own. For several tokens one
-copy is used again and again (--from-memory changes that). A shape is rows x inputs.
+after the other, that take several last-level caches. For several tokens one copy is used again and again
+(--from-memory changes that). A shape is rows x inputs. Inputs differ from product to product, up to 64 tokens
+of them: a CPU would learn the order of one input's spikes by heart.
 
 Activations are normal with some outlier channels. SPK4's silence threshold is set so that the shares of
 silent inputs are those of --silent-shares; rows state what was encoded.
@@ -13,9 +14,10 @@ Limits are measured in the same run: bytes read from memory and bytes added per 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from ctypes import c_int
 from dataclasses import asdict, dataclass
@@ -71,6 +73,7 @@ _FEATURES = (
 _DISTINCT_ROWS = 256  # quantizing is slow, and the time does not depend on which rows repeat
 _WEIGHT_STDEV = 0.02
 _CACHES_OF_COPIES = 4.0  # the copies take so many last-level caches
+_DISTINCT_TOKENS = 64  # of the inputs that products take in turns
 _LARGEST_ERROR = 0.5  # relative, of a product that counts as right; silence is most of it
 _PLOTTED_TOKENS = 64
 
@@ -142,7 +145,7 @@ class Copies:
     Close it after use.
 
     Args:
-        x: float32[tokens, inputs].
+        x: float32[sets, tokens, inputs], which products take in turns.
         least_bytes: of all copies together, as far as a graph takes them; 0 makes one.
         coding: of SPK4 products.
     """
@@ -163,7 +166,7 @@ class Copies:
         self.matrix_bytes = packed.nbytes
         self.number = min(MAX_COPIES, max(1, math.ceil(least_bytes / packed.nbytes)))
         self._product = MatMul(
-            *(TYPES[kind], packed, shape.inputs, len(x)),
+            *(TYPES[kind], packed, shape.inputs, x.shape[1]),
             buffer=buffer,
             threads=threads,
             salience=DEFAULT_SALIENCE if coding else 0.0,
@@ -171,17 +174,27 @@ class Copies:
             copies=self.number,
             library=native,
         )
+        self._rounds = _inputs_of_rounds(x, self.number)
+        self._changes = self.number < len(x)  # a graph of many copies has enough inputs, and its threads stay awake
         try:
-            self._product.set_input(x)
+            inputs = next(self._rounds)
+            self._product.set_input(inputs)
             self._product.compute()
-            _check_output(kind, native.dequantize(TYPES[kind], distinct, shape.inputs), x, self._product)
+            _check_output(
+                kind, native.dequantize(TYPES[kind], distinct, shape.inputs), inputs[-1], self._product
+            )
         except BaseException:
             self.close()
             raise
 
     def sample(self, repeats: int) -> float:
         """Seconds per product, over `repeats` rounds of all copies."""
-        return sum(self._product.compute() for _ in range(repeats)) / (repeats * self.number)
+        seconds = 0.0
+        for _ in range(repeats):
+            if self._changes:
+                self._product.set_input(next(self._rounds))
+            seconds += self._product.compute()
+        return seconds / (repeats * self.number)
 
     def close(self) -> None:
         self._product.close()
@@ -335,7 +348,8 @@ def _measure_case(
 ) -> list[dict]:
     """Rows of all types; limit: of the machine with the number of threads that compute."""
     threads = limit["threads"]
-    x = _activations(tokens, shape.inputs, options.outlier_share, options.outlier_factor)
+    sets = max(1, _DISTINCT_TOKENS // tokens)
+    x = _activations((sets, tokens, shape.inputs), options.outlier_share, options.outlier_factor)
     from_memory = tokens <= options.from_memory
     least_bytes = int(_CACHES_OF_COPIES * last_level_cache()) if from_memory else 0
     shares = options.silent_shares if tokens == 1 else options.silent_shares[:1]
@@ -385,8 +399,15 @@ def _measure_case(
     return [asdict(row) for row in rows]
 
 
+def _inputs_of_rounds(x: NDArray[np.float32], copies: int) -> Iterator[NDArray[np.float32]]:
+    """The inputs of all copies for one round after the other: float32[copies, tokens, inputs]."""
+    for first in itertools.count(step=copies):
+        yield x[np.arange(first, first + copies) % len(x)]
+
+
 def _coding(x: NDArray[np.float32], silent_share: float) -> Coding:
     """The silence threshold that gives a share of silent inputs, and the shares as encoded."""
+    x = x.reshape(-1, x.shape[-1])
     rotated = np.abs(rotate(x))
     steps = np.median(rotated, axis=1, keepdims=True) * (DEFAULT_SALIENCE / 7.5)
     silence = float(min(np.quantile(rotated / steps, silent_share), MAX_SILENCE))
@@ -396,11 +417,12 @@ def _coding(x: NDArray[np.float32], silent_share: float) -> Coding:
     return Coding(silence, silent_share, float(np.mean((fine == 0) & (coarse == 0))), float(salient.mean()))
 
 
-def _activations(tokens: int, inputs: int, share: float, factor: float) -> NDArray[np.float32]:
-    """Normal values; some channels are larger in every token, as in the residual stream of models."""
+def _activations(shape: tuple[int, int, int], share: float, factor: float) -> NDArray[np.float32]:
+    """float32[sets, tokens, inputs], normal; some channels are larger in every token, as in the residual
+    stream of models."""
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((tokens, inputs)).astype(np.float32)
-    x[:, rng.permutation(inputs)[: round(share * inputs)]] *= factor
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[..., rng.permutation(shape[-1])[: round(share * shape[-1])]] *= factor
     return x
 
 

@@ -197,10 +197,11 @@ class MatMul:
 
     def set_input(self, x: ArrayLike, ids: ArrayLike | None = None) -> None:
         """Give the activations, and for a routed product the experts ``int32[n_tokens, experts_used]`` of
-        each token.
+        each token. With one more dimension in front each copy has its own, else all copies have the same.
         """
         values = np.ascontiguousarray(x, np.float32)
-        if values.shape != self._input_shape:
+        of_copies = (len(self._inputs), *self._input_shape)
+        if values.shape not in (self._input_shape, of_copies):
             raise InputError(
                 f"the input has shape {values.shape}, not {self._input_shape}", "correct the shape"
             )
@@ -216,8 +217,8 @@ class MatMul:
                     f"expert ids must be {shape} numbers below {self._n_experts}", "correct the ids"
                 )
             self._ggml.backend_tensor_set(self._ids, chosen.ctypes.data, 0, chosen.nbytes)
-        for own in self._inputs:
-            self._ggml.backend_tensor_set(own, values.ctypes.data, 0, values.nbytes)
+        for tensor, own in zip(self._inputs, np.broadcast_to(values, of_copies), strict=True):
+            self._ggml.backend_tensor_set(tensor, own.ctypes.data, 0, own.nbytes)
 
     def compute(self) -> float:
         """Run the product, or all copies of it; returns seconds of wall time."""
