@@ -175,7 +175,7 @@ class Copies:
             library=native,
         )
         self._rounds = _inputs_of_rounds(x, self.number)
-        self._changes = self.number < len(x)  # a graph of many copies has enough inputs, and its threads stay awake
+        self._changes = self.number < len(x)  # many copies have enough inputs, and their threads stay awake
         try:
             inputs = next(self._rounds)
             self._product.set_input(inputs)
