@@ -1,4 +1,4 @@
-// Any bytes as repacked weights and as a token, unvalidated: every kernel that this CPU runs stays inside its memory and
+// Any bytes as repacked weights (with sound salient ones, see spike_kernels.add_salient) and as a token, unvalidated: every kernel that this CPU runs stays inside its memory and
 // gives the integers of plain C; where rows and token are consistent, those of the dot product, too.
 #include "every_kernel.h"
 #include "fuzz.h"
@@ -50,6 +50,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     block_spk4 * weights = allocate_unset((size_t) (n_rows*n_blocks)*sizeof(block_spk4));
     fuzz_fill(&input, token, (size_t) n_blocks*sizeof(block_spka));
     fuzz_fill(&input, weights, (size_t) (n_rows*n_blocks)*sizeof(block_spk4));
+    make_salients_sound(weights, n_rows, n_blocks);
     for (int64_t b = 1; uniform && b < n_blocks; b++) {
         memcpy(token + b, token, 8);
     }

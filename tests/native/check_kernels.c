@@ -167,7 +167,7 @@ static int check_salients(const spike_kernels * kernels) {
         uint8_t * salients = allocate((size_t) n);
         int8_t  * values   = allocate((size_t) (n_blocks*QK_SPK));
         for (int64_t j = 0; j < n; j++) {
-            const uint8_t any = random_salient();
+            const uint8_t any = sound_salient((uint8_t) next_random());
             salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind == 2 ? 2 : 1) << 6);
         }
         for (int64_t j = 0; j < n_blocks*QK_SPK; j++) {

@@ -164,7 +164,7 @@ static int check_salient_tokens(void) {
         uint64_t coarse_blocks[MOST][SPIKE_BLOCK_WORDS] = { { 0 } };
         int32_t found[MOST][SPIKE_TILE_ROWS], expected[MOST][SPIKE_TILE_ROWS];
         for (int64_t j = 0; j < n_salients; j++) {
-            const uint8_t any = random_salient();
+            const uint8_t any = sound_salient((uint8_t) next_random());
             salients[j] = kind == 0 ? any : (uint8_t) ((any & 63) | (kind % 2 ? 1 : 2) << 6);
         }
         for (int64_t t = 0; t < n_tokens; t++) {
