@@ -418,8 +418,10 @@ def _coding(x: NDArray[np.float32], silent_share: float) -> Coding:
 
 
 def _activations(shape: tuple[int, int, int], share: float, factor: float) -> NDArray[np.float32]:
-    """float32[sets, tokens, inputs], normal; some channels are larger in every token, as in the residual
-    stream of models."""
+    """Normal values; some channels are larger in every token, as in the residual stream of models.
+
+    Returns float32 of the shape: sets, tokens, inputs.
+    """
     rng = np.random.default_rng(1)
     x = rng.standard_normal(shape).astype(np.float32)
     x[..., rng.permutation(shape[-1])[: round(share * shape[-1])]] *= factor

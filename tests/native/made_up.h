@@ -16,20 +16,6 @@ static inline uint32_t next_random(void) { // splitmix64
     return (uint32_t) (z >> 32);
 }
 
-// A salient weight as a sound matrix may have it: one that adds or subtracts, or none.
-static inline uint8_t sound_salient(uint8_t any) {
-    return any >= 0x40 && any < 0xC0 ? any : 0;
-}
-
-// The same for whole rows.
-static inline void make_salients_sound(block_spk4 * weights, int64_t n_rows, int64_t n_blocks) {
-    for (int64_t i = 0; i < n_rows*n_blocks; i++) {
-        for (int slot = spike_first_slot(i % n_blocks); slot < SPIKE_SALIENT_SLOTS; slot++) {
-            weights[i].salient[slot] = sound_salient(weights[i].salient[slot]);
-        }
-    }
-}
-
 static inline int64_t random_below(int64_t n) {
     return (int64_t) ((uint64_t) next_random()*(uint64_t) n >> 32);
 }

@@ -37,8 +37,8 @@ typedef struct {
                            int32_t potential[SPIKE_HALF_TILE], spike_ahead * ahead);
 
     // Salient weights of a tile for one token: sum[row] = sum over extended weights of +-value.
-    // salients: [block][slot][row], sound (see spike_slots_are_sound); values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64.
-    // next_tile: as many salient weights that will be needed next, or NULL.
+    // salients: [block][slot][row]; values: one per input. n_blocks <= SPIKE_MAX_TILED_INPUTS/64. next_tile: as many salient
+    // weights that will be needed next, or NULL.
     void (*add_salient)(const uint8_t * salients, const int8_t * values, int64_t n_blocks, int16_t sum[SPIKE_TILE_ROWS],
                         const uint8_t * next_tile);
 

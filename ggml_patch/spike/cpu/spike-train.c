@@ -28,15 +28,9 @@ SPIKE_CLONES static void find_buckets(const int8_t * values, int64_t n, uint8_t 
 }
 
 SPIKE_CLONES static int32_t sum_of(const int8_t * values, int64_t n) {
-    int16_t partial[QK_SPK] = { 0 }; // |.| <= 16*SPIKE_MAX_TILED_INPUTS/64
-    for (int64_t i = 0; i < n; i += QK_SPK) {
-        for (int k = 0; k < QK_SPK; k++) {
-            partial[k] = (int16_t) (partial[k] + values[i + k]);
-        }
-    }
     int32_t sum = 0;
-    for (int k = 0; k < QK_SPK; k++) {
-        sum += partial[k];
+    for (int64_t i = 0; i < n; i++) {
+        sum += values[i];
     }
     return sum;
 }

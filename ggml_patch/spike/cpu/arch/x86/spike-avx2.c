@@ -26,15 +26,20 @@ __attribute__((nonnull)) static void integrate_ahead(const uint8_t * lines, int6
     ahead->position = own.position;
 }
 
-// Looks 32 positions up in a block's 64 values: four tables of 16, chosen by position bits 4 and 5. Sums move these to the sign of
-// their bytes: unlike shifts they do not wait for where the CPU executes shuffles.
+// Looks 32 positions up in a block's 64 values: four tables of 16, chosen by position bits 4 and 5.
 SPIKE_INLINE __m256i look_up(const __m256i table[4], __m256i salient) {
-    const __m256i twice = _mm256_add_epi8(salient, salient);
-    const __m256i bit5  = _mm256_add_epi8(twice, twice), bit4 = _mm256_add_epi8(bit5, bit5);
+    const __m256i bit4 = _mm256_slli_epi16(salient, 3), bit5 = _mm256_slli_epi16(salient, 2); // to the sign of their bytes
     const __m256i index = _mm256_and_si256(salient, _mm256_set1_epi8(15));
     const __m256i below = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[0], index), _mm256_shuffle_epi8(table[1], index), bit4);
     const __m256i above = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], index), _mm256_shuffle_epi8(table[3], index), bit4);
     return _mm256_blendv_epi8(below, above, bit5);
+}
+
+// Bits 6-7: nothing, add, subtract, nothing; as bytes of 0, 64, -64 and 0. No shuffle and no shift: look_up has enough of them, and they wait
+// for the same two units.
+SPIKE_INLINE __m256i sign_of(__m256i salient) {
+    const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), salient);
+    return _mm256_add_epi8(_mm256_and_si256(salient, _mm256_set1_epi8((char) 0xC0)), _mm256_and_si256(negative, _mm256_set1_epi8(64)));
 }
 
 // 32 rows at a time, whose sums stay in registers. For each of their blocks two lines of the next tile: all lines for 128 rows.
@@ -51,7 +56,7 @@ static void add_salient(const uint8_t * salients, const int8_t * values, int64_t
             }
             for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
                 const __m256i salient = _mm256_loadu_si256((const __m256i *) next);
-                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), salient)); // sound ones have their sign
+                bytes = _mm256_add_epi8(bytes, _mm256_sign_epi8(look_up(table, salient), sign_of(salient)));
                 next += SPIKE_TILE_ROWS;
             }
             if (next_tile) {
