@@ -48,6 +48,7 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 // A single instruction applies a sign to 16 values.
 SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int n_blocks, int n_tokens, int16_t sums[SPIKE_TOKEN_LINE]) {
     static const int32_t SIGNS[4] = { 0, 0x00010001, -1, 0 }; // bits 6-7: nothing, add, subtract, nothing
+    const size_t line_bytes = SPIKE_TOKEN_LINE*sizeof(*values);
     const int vectors = n_tokens/16;
     __m256i sum[SPIKE_TOKEN_LINE/16];
     for (int q = 0; q < vectors; q++) {
@@ -55,10 +56,12 @@ SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int
     }
     for (int k = 0; k < n_blocks; k++) {
         for (int slot = 0; slot < SPIKE_SALIENT_SLOTS; slot++) {
-            const __m256i * line = (const __m256i *) (values + (*salient & 63)*SPIKE_TOKEN_LINE);
-            const __m256i   sign = _mm256_set1_epi32(SIGNS[*salient >> 6]);
+            const uint32_t  own  = *salient;
+            const __m256i * line = (const __m256i *) ((const char *) values + (own & 63)*line_bytes);
+            const __m256i   sign = _mm256_set1_epi32(SIGNS[own >> 6]);
             for (int q = 0; q < vectors; q++) {
                 sum[q] = _mm256_add_epi16(sum[q], _mm256_sign_epi16(_mm256_loadu_si256(line + q), sign));
+                __asm__("" : "+x"(sum[q]) : : "memory"); // or the compiler reads the lines of several weights before it adds any, and runs out of registers
             }
             salient += SPIKE_TILE_ROWS;
         }

@@ -68,13 +68,19 @@ SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int
 SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const int16_t * values, int64_t n_blocks, int n_tokens, int64_t stride,
                                int32_t * potential) {
     enum { NEAR_BLOCKS = 2, NEAR_ROWS = SPIKE_HALF_TILE }; // their values and the sums stay in the first-level cache
+    enum { NEAR_BYTES = NEAR_BLOCKS*QK_SPK*sizeof(int16_t[SPIKE_TOKEN_LINE]), COMING_BYTES = NEAR_BYTES/NEAR_ROWS };
     _Alignas(64) int16_t sums[NEAR_ROWS][SPIKE_TOKEN_LINE];
     for (int row0 = 0; row0 < n_rows; row0 += NEAR_ROWS) {
         const uint8_t * salient = salients + row0;
         const int16_t * value   = values;
         memset(sums, 0, sizeof(sums));
         for (int64_t left = n_blocks; left > 0; left -= NEAR_BLOCKS) {
+            const int16_t * next   = value + NEAR_BYTES/sizeof(*value);
+            const char *    coming = (const char *) (left > NEAR_BLOCKS ? next : values); // weights jump about in it, so that no prefetcher sees an order
             for (int row = 0; row < NEAR_ROWS; row++) {
+                for (int k = 0; k < COMING_BYTES; k += 64) {
+                    _mm_prefetch(coming + row*COMING_BYTES + k, _MM_HINT_T1);
+                }
                 if (left >= NEAR_BLOCKS) {
                     add_slots(salient + row, value, NEAR_BLOCKS, n_tokens, sums[row]);
                 } else {
@@ -82,7 +88,7 @@ SPIKE_INLINE void add_lines_of(const uint8_t * salients, int64_t n_rows, const i
                 }
             }
             salient += NEAR_BLOCKS*SPIKE_SALIENT_SLOTS*SPIKE_TILE_ROWS;
-            value   += NEAR_BLOCKS*QK_SPK*SPIKE_TOKEN_LINE;
+            value    = next;
         }
         for (int row = 0; row < NEAR_ROWS; row += 8) {
             add_transposed((const int16_t (*)[SPIKE_TOKEN_LINE]) sums + row, n_tokens, stride, potential + row0 + row);
