@@ -2,8 +2,9 @@
 
 `calibration(...)` gives the function that convert() takes as `calibrate`. It smooths channels, chooses the
 salience threshold of each layer, and then quantizes the layers in the order in which the model computes them
-(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp). Experts are quantized for the inputs of
-the source model (experts.py); matrices that are multiplied elsewhere (the output) without calibration.
+(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp), the output last if it is to become SPK4,
+too. Experts are quantized for the inputs of the source model (experts.py); what is only looked up, as
+embeddings are, without calibration.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .recipe import Calibrate, EncoderSettings, Recipe, Scaling, TensorStatistic
 from .sensitivity import GradientModel, Sensitivity, sensitivity_chunks, sensitivity_cost
 from .smoothing import fold, scaling_factors
 from .source import Source
-from .structure import Site, find_sites
+from .structure import Site, find_sites, output_matrix
 
 __all__ = ["CalibrationOptions", "calibration", "journal_path"]
 
@@ -337,6 +338,9 @@ def _calibrate(
     plain = [
         tensor.name for tensor in planned.spiking if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
     ]
+    output = output_matrix(source.tensors)
+    # No gradients of it: moments of so many rows would take too much memory.
+    outputs = {tensor.name: Site("", (output,)) for tensor in planned.spiking if tensor.name == output}
     found = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
     sites = {name: site for site in found for name in site.readers}
     chunks = options.chunks or default_chunks(source, plain + experts, options.ctx, options.chosen.chunks)
@@ -345,9 +349,10 @@ def _calibrate(
         expected = model.decode(tokens[0][:_TEXT_TOKENS], 0, min(options.ctx, _TEXT_TOKENS)).copy()
 
     gradients, left_out = _gradient_model(source, plain, tokens[0][: len(expected)], expected, options)
+    names = plain + [*outputs] + experts
     journal = LayerJournal(
         options.journal,
-        _fingerprint(path, plain + experts, text, len(tokens), options, library, gradients is not None),
+        _fingerprint(path, names, text, len(tokens), options, library, gradients is not None),
     )
     cost = sensitivity_cost(source, plain, options.ctx)
     gradient_threads = cost.workers(threads, DEFAULT_MEMORY)
@@ -361,6 +366,7 @@ def _calibrate(
                 options.ctx,
                 correction=options.correction > 0,
                 finished=len(journal),
+                outputs=outputs,
                 more_memory=cost.memory(gradient_threads) if gradients is not None else 0,
                 more_products=cost.products * measured.size if gradients is not None else 0,
                 without_sensitivity=left_out,
@@ -381,21 +387,23 @@ def _calibrate(
                 factors[site] = scaling
     transforms = fold(factors)
     encoders = _encoders(surveys, factors, sensitivity, options, library)
-    settings = {name: _settings(encoders.get(sites[name]), options) for name in sites}
+    settings = {name: _settings(encoders.get(site), options) for name, site in (sites | outputs).items()}
 
-    done = 0
+    done, n_steps = 0, 2 * len(surveys) + len(outputs)
 
     def report(item: str) -> None:
         nonlocal done
         done += 1
-        progress(CALIBRATE, item, len(surveys) + done, 2 * len(surveys))
+        progress(CALIBRATE, item, len(surveys) + done, n_steps)
 
     layers = _LayerQuantizer(
         library, source, sites, factors, transforms, settings, sensitivity, journal, options, threads, report
     )
     if surveys:
-        used = {name: site for name, site in sites.items() if site in surveys}
-        with Lockstep(path, stretches=len(tokens), ctx=options.ctx, threads=threads, sites=used) as lockstep:
+        used = {name: site for name, site in sites.items() if site in surveys} | outputs
+        with Lockstep(
+            path, stretches=len(tokens), ctx=options.ctx, threads=threads, sites=used, last=outputs
+        ) as lockstep:
             lockstep.run(tokens, layers.on_site, layers.product)
     calibrate_experts(
         path,

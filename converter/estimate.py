@@ -62,6 +62,7 @@ def estimate(
     *,
     correction: bool,
     finished: int,
+    outputs: Collection[str] = (),
     more_memory: int = 0,
     more_products: float = 0.0,
     without_sensitivity: str = "",
@@ -73,13 +74,15 @@ def estimate(
         n_tokens: of the text, in stretches of `ctx`.
         correction: whether deviations of inputs are made up for.
         finished: tensors that a journal already has.
+        outputs: matrices that are calibrated, but not multiplied, because nobody reads the logits.
         more_memory, more_products: bytes and multiplications of sensitivities, which are measured beforehand.
         without_sensitivity: see Estimate.
     """
     tensors = [source.tensors[name] for name in sites]
     weights = sum(tensor.n_rows * tensor.n_in for tensor in tensors)
     squares = sum(source.tensors[site.readers[0]].n_in ** 2 for site in set(sites.values()))
-    cubes = sum(tensor.n_rows * tensor.n_in**2 for tensor in tensors)
+    quantized = tensors + [source.tensors[name] for name in outputs]
+    cubes = sum(tensor.n_rows * tensor.n_in**2 for tensor in quantized)
     of_moments = (0.75 if correction else 0.25) * squares  # products of integers, twice as fast as the others
     return Estimate(
         tokens=n_tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,8 @@ class BatchModel(WatchedModel):
         on_input: called with the name of each weight matrix that is multiplied, its inputs,
             float32[n_tokens, n_in], and its outputs, float32[n_tokens, n_out]; both valid until it returns.
         names: of weight matrices to stop at.
-        replaced: whether on_input writes the outputs, so that llama.cpp need not compute them.
+        replaced: those of them whose outputs llama.cpp need not compute: on_input writes them, or nobody
+            reads them.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class BatchModel(WatchedModel):
         threads: int,
         names: Mapping[str, Any],
         on_input: _Input,
-        replaced: bool = False,
+        replaced: Collection[str] = (),
     ) -> None:
         self._stretches, self._ctx = stretches, ctx
         self._names = {name.encode(): name for name in names}
@@ -172,7 +173,7 @@ class BatchModel(WatchedModel):
         name = self._names.get(tensor_at(node.src[0]).name)
         if name is None:
             return not ask
-        if self._replaced:
+        if name in self._replaced:
             node.flags = node.flags & ~_FLAG_COMPUTE if ask else node.flags | _FLAG_COMPUTE
         if not ask:
             x = np.ascontiguousarray(tensor_rows(tensor_at(node.src[1])))
@@ -196,10 +197,18 @@ class Lockstep:
     Args:
         path, stretches, ctx, threads: as of BatchModel.
         sites: the site of each weight matrix that is to be quantized.
+        last: those whose products nobody reads, here: the logits.
     """
 
     def __init__(
-        self, path: Path, *, stretches: int, ctx: int, threads: int, sites: Mapping[str, Site]
+        self,
+        path: Path,
+        *,
+        stretches: int,
+        ctx: int,
+        threads: int,
+        sites: Mapping[str, Site],
+        last: Collection[str] = (),
     ) -> None:
         self._sites = sites
         self._left = len(set(sites.values()))
@@ -209,7 +218,13 @@ class Lockstep:
         self._inputs: tuple[str, NDArray[np.float32]] | None = None
         self._failure: BaseException | None = None
         self._source = BatchModel(
-            path, stretches=stretches, ctx=ctx, threads=threads, names=sites, on_input=self._of_source
+            path,
+            stretches=stretches,
+            ctx=ctx,
+            threads=threads,
+            names=sites,
+            on_input=self._of_source,
+            replaced=last,
         )
         try:
             self._twin = BatchModel(
@@ -219,7 +234,7 @@ class Lockstep:
                 threads=threads,
                 names=sites,
                 on_input=self._of_twin,
-                replaced=True,
+                replaced=sites,
             )
         except BaseException:
             self._source.close()

@@ -7,10 +7,10 @@ whatever writes it is multiplied by t: the gain of the norm before the layer, or
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Site", "find_sites"]
+__all__ = ["Site", "find_sites", "output_matrix"]
 
 # Architectures whose blocks are norm -> attention, norm -> gated MLP, with nothing else after the norms.
 _KNOWN = ("llama", "qwen2", "qwen3")
@@ -68,6 +68,11 @@ def find_sites(
         sites.append(site)
         placed.update(site.readers)
     return sites
+
+
+def output_matrix(names: Container[str]) -> str:
+    """The weight matrix that makes logits in a model with these tensors: the embedding, if that is shared."""
+    return "output.weight" if "output.weight" in names else "token_embd.weight"
 
 
 def _site(

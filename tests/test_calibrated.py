@@ -299,11 +299,16 @@ def output_error(weights: np.ndarray, blocks: np.ndarray, moments: np.ndarray) -
     )
 
 
-def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
-    """Less output error than nearest rounding in every layer, valid data, and provenance in the metadata."""
+@pytest.mark.parametrize("pure", [False, True])
+def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path, pure):
+    """Less output error than nearest rounding in every layer, valid data, and provenance in the metadata.
+
+    With --pure in the model's output, too.
+    """
     options = CalibrationOptions(small_text, ctx=CTX, chunks=CHUNKS, smoothing=False, correction=0.0)
-    direct = convert(tiny_model_f32, tmp_path / "direct.gguf")
-    report = convert(tiny_model_f32, tmp_path / "calibrated.gguf", calibrate=calibration(options))
+    all_of_it = ConvertOptions(pure=pure)
+    direct = convert(tiny_model_f32, tmp_path / "direct.gguf", all_of_it)
+    report = convert(tiny_model_f32, tmp_path / "calibrated.gguf", all_of_it, calibrate=calibration(options))
     assert report.calibration.startswith("tiny.txt, sha256 ")
     assert direct.calibration == "none"
     assert verify_file(report.path).ok
@@ -311,7 +316,11 @@ def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
     stored = {path: tensors_of(path) for path in (direct.path, report.path)}
     seen: dict[Site, np.ndarray] = {}
     tokens, sites = stretches(tiny_model_f32, Path(small_text.file)), sites_of(tiny_model_f32)
-    with Lockstep(tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites) as both:
+    output = {"output.weight": Site("", ("output.weight",))} if pure else {}
+    sites |= output
+    with Lockstep(
+        tiny_model_f32, stretches=len(tokens), ctx=CTX, threads=2, sites=sites, last=output
+    ) as both:
         both.run(
             tokens,
             lambda site, x, _: seen.update({site: x.astype(np.float64)}),
@@ -328,6 +337,19 @@ def test_calibrated_conversion(tiny_model_f32, small_text, tmp_path):
             for path in (direct.path, report.path)
         ]
         assert errors[1] < errors[0], name
+    assert report.uncalibrated == (("token_embd.weight",) if pure else ())
+
+
+def test_an_output_that_shares_the_embedding_is_calibrated(tiny_model_factory, small_text, tmp_path):
+    options = CalibrationOptions(small_text, ctx=CTX, chunks=2)
+    report = convert(
+        tiny_model_factory(tied=True),
+        tmp_path / "out.gguf",
+        ConvertOptions(pure=True),
+        calibrate=calibration(options),
+    )
+    assert report.uncalibrated == ()
+    assert verify_file(report.path).ok
 
 
 @pytest.mark.parametrize("preset", PRESETS)
