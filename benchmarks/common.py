@@ -31,7 +31,7 @@ from spikequant_gguf.ggml_patch.progress import Progress
 from spikequant_gguf.host import HostFacts, host_facts
 from spikequant_gguf.journal import Journal
 from spikequant_gguf.runtime import require_runtime
-from spikequant_gguf.variants import SPIKE_TYPE
+from spikequant_gguf.variants import SPIKE_OPTIONS, SPIKE_TYPE
 
 RESULTS = Path(__file__).parent / "results"
 SPIKE_BUFFER, REPACK_BUFFER = "CPU_SPIKE", "CPU_REPACK"
@@ -170,7 +170,7 @@ def require_fast_path(kind: str, buffers: Sequence[str], host: HostFacts) -> Non
 
     buffers: names of the buffer types that hold weights of a type.
     """
-    wanted = {SPIKE_TYPE: SPIKE_BUFFER}
+    wanted = dict.fromkeys(SPIKE_OPTIONS, SPIKE_BUFFER)
     if "avx2" in host.features and REPACK_BUFFER in buffer_types():
         wanted[BASELINE_TYPE] = REPACK_BUFFER
     if kind in wanted and wanted[kind] not in buffers:

@@ -29,8 +29,13 @@ __all__ = ["DEFAULT_TYPES", "REFERENCE_TYPE", "STOCK_TYPES", "Variants", "quanti
 
 REFERENCE_TYPE = "f16"
 SPIKE_TYPE = "spk4"
-SPIKE_PRESETS = {SPIKE_TYPE: "balanced", "spk4-fast": "fast", "spk4-accurate": "accurate"}
-"""The converter's presets by the names of `--types`."""
+SPIKE_OPTIONS = {
+    SPIKE_TYPE: ("balanced", False),
+    "spk4-fast": ("fast", False),
+    "spk4-accurate": ("accurate", False),
+    "spk4-pure": ("balanced", True),
+}
+"""The converter's preset, and whether embeddings and output become SPK4, too, by the names of `--types`."""
 DEFAULT_TYPES = ("f16", "q4_0", "q4_k_m", "iq4_xs", "spk4")
 STOCK_TYPES = (
     *(
@@ -123,9 +128,9 @@ class Variants:
             InputError: there is no such type. SpikeQuantError: the quantizer refuses the model.
         """
         kind = kind.lower()
-        if kind not in (*STOCK_TYPES, *SPIKE_PRESETS):
+        if kind not in (*STOCK_TYPES, *SPIKE_OPTIONS):
             raise InputError(
-                f"there is no type '{kind}'", f"choose from {', '.join((*SPIKE_PRESETS, *STOCK_TYPES))}"
+                f"there is no type '{kind}'", f"choose from {', '.join((*SPIKE_OPTIONS, *STOCK_TYPES))}"
             )
         if kind == self.source_type and kind in ("f32", "f16", "bf16"):
             return self.source
@@ -134,8 +139,8 @@ class Variants:
             if not path.is_file():
                 origin = self.source if kind == REFERENCE_TYPE else self.make(REFERENCE_TYPE)
                 with atomic_path(path) as partial:
-                    if kind in SPIKE_PRESETS:
-                        self._convert(origin, partial, SPIKE_PRESETS[kind])
+                    if kind in SPIKE_OPTIONS:
+                        self._convert(origin, partial, *SPIKE_OPTIONS[kind])
                     else:
                         self._quantize(origin, partial, kind)
         return path
@@ -144,7 +149,7 @@ class Variants:
         """Eight digits that change with everything but the source that a version depends on."""
         info = runtime.require_runtime()
         parts = [info.llama_cpp_version or "", "" if kind in ("f32", "f16", "bf16") else self._imatrix_digest]
-        if kind in SPIKE_PRESETS:
+        if kind in SPIKE_OPTIONS:
             parts += [__version__, info.patch_id or "", _converter_digest()]
             if self._calibration is not None:
                 parts.append(self._calibration.sha256)
@@ -178,18 +183,18 @@ class Variants:
                 "leave this type out of --types, or give it what it asks for",
             )
 
-    def _convert(self, origin: Path, out: Path, preset: str) -> None:
+    def _convert(self, origin: Path, out: Path, preset: str, pure: bool) -> None:
         from .converter import ConvertOptions, convert  # needed for this type only
         from .converter.calibrated import CalibrationOptions, calibration
 
-        self._progress.step("convert", f"{SPIKE_TYPE.upper()}, {preset}")
+        self._progress.step("convert", f"{SPIKE_TYPE.upper()}, {preset}{', pure' if pure else ''}")
         options = CalibrationOptions(
             self._calibration, preset, chunks=self._calibration_chunks, threads=self._threads
         )
         convert(
             origin,
             out,
-            ConvertOptions(importance=self.imatrix, threads=self._threads, resume=False),
+            ConvertOptions(importance=self.imatrix, pure=pure, threads=self._threads, resume=False),
             ConverterProgress(self._progress),
             calibrate=calibration(options),
         )

@@ -20,6 +20,7 @@ from spikequant_gguf import speed as speed_module
 from spikequant_gguf import variants as variants_module
 from spikequant_gguf.console import to_json_text
 from spikequant_gguf.divergence import divergence, token_divergences
+from spikequant_gguf.format import TYPE_SPK4
 from spikequant_gguf.gguf_header import read_header
 from spikequant_gguf.inspect_file import model_size, model_type
 from spikequant_gguf.perplexity import perplexity
@@ -212,6 +213,13 @@ def test_versions_depend_on_source_importance_calibration_and_converter(
     before = plain._settings("spk4")
     monkeypatch.setattr(variants_module, "_converter_digest", lambda: "changed")
     assert plain._settings("spk4") != before
+
+
+def test_a_pure_version_has_no_other_matrices(
+    runtime: RuntimeInfo, tiny_model_factory: Callable[..., Path], cache: Path
+) -> None:
+    version = Variants(tiny_model_factory(), calibration_chunks=1, threads=1).make("spk4-pure")
+    assert {tensor.type_id for tensor in read_header(version).tensors if len(tensor.shape) == 2} == {TYPE_SPK4}
 
 
 def test_float_source_is_its_own_version(
