@@ -2,8 +2,8 @@
 
 `calibration(...)` gives the function that convert() takes as `calibrate`. It smooths channels, chooses the
 salience threshold of each layer, and then quantizes the layers in the order in which the model computes them
-(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp), the output last if it is to become SPK4,
-too. Experts are quantized for the inputs of the source model (experts.py); what is only looked up, as
+(see lockstep.py) by GPTQ in the rotated basis (spike-calibrated.cpp), the output last if it is to become
+SPK4, too. Experts are quantized for the inputs of the source model (experts.py); what is only looked up, as
 embeddings are, without calibration.
 """
 
@@ -340,7 +340,7 @@ def _calibrate(
     ]
     output = output_matrix(source.tensors)
     # No gradients of it: moments of so many rows would take too much memory.
-    outputs = {tensor.name: Site("", (output,)) for tensor in planned.spiking if tensor.name == output}
+    outputs = {output: Site("", (output,))} if output in {tensor.name for tensor in planned.spiking} else {}
     found = find_sites(source.architecture, source.metadata, list(source.tensors), plain)
     sites = {name: site for site in found for name in site.readers}
     chunks = options.chunks or default_chunks(source, plain + experts, options.ctx, options.chosen.chunks)

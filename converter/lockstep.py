@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -217,25 +218,10 @@ class Lockstep:
         self._ready, self._go = threading.Semaphore(0), threading.Semaphore(0)
         self._inputs: tuple[str, NDArray[np.float32]] | None = None
         self._failure: BaseException | None = None
-        self._source = BatchModel(
-            path,
-            stretches=stretches,
-            ctx=ctx,
-            threads=threads,
-            names=sites,
-            on_input=self._of_source,
-            replaced=last,
-        )
+        model = partial(BatchModel, path, stretches=stretches, ctx=ctx, threads=threads, names=sites)
+        self._source = model(on_input=self._of_source, replaced=last)
         try:
-            self._twin = BatchModel(
-                path,
-                stretches=stretches,
-                ctx=ctx,
-                threads=threads,
-                names=sites,
-                on_input=self._of_twin,
-                replaced=sites,
-            )
+            self._twin = model(on_input=self._of_twin, replaced=sites)
         except BaseException:
             self._source.close()
             raise
