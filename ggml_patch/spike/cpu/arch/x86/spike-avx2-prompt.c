@@ -1,5 +1,6 @@
 // AVX2 for many tokens.
 #include "spike-pack-256.h"
+#include "spike-salient-tokens.h"
 #include "spike-schedule-256.h"
 #include "spike-token-lines.h"
 
@@ -73,5 +74,5 @@ SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx2 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, spike_add_salient_tokens, 16, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
+    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, add_salient_tokens, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
 };
