@@ -2,9 +2,9 @@
 
 The time is that of a MUL_MAT in a graph, as llama.cpp runs it: the input is float32, its encoding counts.
 For one token the weights come from memory, as in a model: the graph multiplies copies of the matrix, one
-after the other, that take several last-level caches. For several tokens one copy is used again and again
-(--from-memory changes that). A shape is rows x inputs. Inputs differ from product to product, up to 64 tokens
-of them: a CPU would learn the order of one input's spikes by heart.
+after the other, that take several last-level caches. For several tokens the graph multiplies one matrix
+again and again (--from-memory changes that). A shape is rows x inputs. Inputs differ from product to product,
+up to 64 tokens of them: a CPU would learn the order of one input's spikes by heart.
 
 Activations are normal with some outlier channels. SPK4's silence threshold is set so that the shares of
 silent inputs are those of --silent-shares; rows state what was encoded.
@@ -140,13 +140,13 @@ class Coding:
 
 
 class Copies:
-    """Products of equal copies of one matrix, one after the other in a graph, as a model's layers are.
+    """Products of one matrix or of equal copies, one after the other in a graph, as a model's layers are.
 
     Close it after use.
 
     Args:
         x: float32[sets, tokens, inputs], which products take in turns.
-        least_bytes: of all copies together, as far as a graph takes them; 0 makes one.
+        least_bytes: of all copies together, as far as a graph takes them; 0: one matrix takes all inputs.
         coding: of SPK4 products.
     """
 
@@ -164,7 +164,8 @@ class Copies:
         distinct = _distinct_weights(native, kind, shape)
         packed = np.resize(distinct, (shape.rows, distinct.shape[1]))  # repeats the rows
         self.matrix_bytes = packed.nbytes
-        self.number = min(MAX_COPIES, max(1, math.ceil(least_bytes / packed.nbytes)))
+        wanted = math.ceil(least_bytes / packed.nbytes) if least_bytes else len(x)
+        self.number = min(MAX_COPIES, wanted)
         self._product = MatMul(
             *(TYPES[kind], packed, shape.inputs, x.shape[1]),
             buffer=buffer,
@@ -172,6 +173,7 @@ class Copies:
             salience=DEFAULT_SALIENCE if coding else 0.0,
             silence=coding.silence if coding else 0.0,
             copies=self.number,
+            shared_weights=not least_bytes,
             library=native,
         )
         self._rounds = _inputs_of_rounds(x, self.number)

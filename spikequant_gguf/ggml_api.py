@@ -135,8 +135,8 @@ class MatMul:
     routed, it may also be ``float32[n_tokens, experts_used, n_inputs]`` if ``input_per_expert``. salience,
     silence: the tensor's own encoder settings, 0 for the defaults (SPK4 only). use_reference: compute without
     the optimized kernels. copies: of weights and input, whose products follow each other in one graph like a
-    model's layers; a routed product has one, and there may be MAX_COPIES. Raises UnsupportedError if this
-    CPU's buffer type does not take such a product.
+    model's layers; a routed product has one, and there may be MAX_COPIES. shared_weights: the copies are of the
+    input only. Raises UnsupportedError if this CPU's buffer type does not take such a product.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class MatMul:
         silence: float = 0.0,
         use_reference: bool = False,
         copies: int = 1,
+        shared_weights: bool = False,
         library: NativeLibrary | None = None,
     ) -> None:
         self._ggml = ggml = _ggml(library or load())
@@ -187,6 +188,7 @@ class MatMul:
                 input_per_expert,
                 (salience, silence),
                 copies,
+                shared_weights,
             )
             self._backend = ggml.backend_cpu_init()
             ggml.backend_cpu_set_n_threads(self._backend, threads)
@@ -274,6 +276,7 @@ class MatMul:
         input_per_expert: bool,
         settings: tuple[float, float],
         copies: int,
+        shared_weights: bool,
     ) -> None:
         ggml = self._ggml
         self._n_experts, n_outputs, _ = packed.shape
@@ -284,8 +287,9 @@ class MatMul:
         self._ids = None
         if experts_used is None:
             self._input_shape, self._output_shape = (n_tokens, n_inputs), (n_tokens, n_outputs)
-            for _ in range(copies):
-                matrix = ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
+            for copy in range(copies):
+                if copy == 0 or not shared_weights:
+                    matrix = ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
                 self._inputs.append(ggml.new_tensor_2d(of_graph, _TYPE_F32, n_inputs, n_tokens))
                 products.append((matrix, ggml.mul_mat(of_graph, matrix, self._inputs[-1])))
         else:
@@ -297,7 +301,8 @@ class MatMul:
             self._ids = ggml.new_tensor_2d(of_graph, _TYPE_I32, experts_used, n_tokens)
             products.append((matrices, ggml.mul_mat_id(of_graph, matrices, self._inputs[0], self._ids)))
         self._weights, self._result = products[-1]
-        for matrix, _ in products:
+        all_weights = list(dict.fromkeys(matrix for matrix, _ in products))
+        for matrix in all_weights:
             # The model loader keeps encoder settings here: a weight tensor has no use for its parameters.
             parameters = TensorStruct.from_address(matrix).op_params
             ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
@@ -310,7 +315,7 @@ class MatMul:
                 f"buffer type {buffer} takes no such product of {ggml.native.type_name(type_id)} weights",
                 "choose another buffer type",
             )
-        for matrix, _ in products:
+        for matrix in all_weights:
             ggml.backend_tensor_set(matrix, packed.ctypes.data, 0, packed.nbytes)
         self._allocate(of_graph, ggml.buffer_types[PLAIN_BUFFER])
         self._graph = ggml.new_graph(of_graph)

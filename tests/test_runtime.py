@@ -380,12 +380,14 @@ def test_a_product_can_be_computed_again(
             assert np.abs(product.output() - x @ decoded.T).max() < 0.02 * np.abs(x @ decoded.T).max()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_copies_have_inputs_of_their_own(
-    library: NativeLibrary, matrix: np.ndarray, tokens: np.ndarray
+    library: NativeLibrary, matrix: np.ndarray, tokens: np.ndarray, shared: bool
 ) -> None:
     packed = library.quantize(TYPE_SPK4, matrix)
     alone = mul_mat(TYPE_SPK4, packed, tokens, buffer="CPU_SPIKE")
-    with MatMul(TYPE_SPK4, packed, 576, 1, buffer="CPU_SPIKE", copies=3) as product:
+    options = {"buffer": "CPU_SPIKE", "copies": 3, "shared_weights": shared}
+    with MatMul(TYPE_SPK4, packed, 576, 1, **options) as product:
         for last in (2, 5):  # the output is the last copy's
             product.set_input(tokens[last - 2 : last + 1, None])
             product.compute()
