@@ -23,9 +23,7 @@ SCALE = 0.37
 class Layer(MatMul):
     """In this order: A x, a norm of it, B x, C x with settings of its own, A x, x scaled in place, A x."""
 
-    def _build(
-        self, type_id, packed, n_inputs, n_tokens, buffer, experts_used, input_per_expert, settings, copies
-    ):
+    def _build(self, type_id, packed, n_inputs, n_tokens, buffer, *settings_of_one_product):
         ggml, base = self._ggml, load().base
         for name, arguments in {
             "ggml_rms_norm": (c_void_p, c_void_p, c_float),
