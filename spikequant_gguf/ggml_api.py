@@ -135,8 +135,8 @@ class MatMul:
     routed, it may also be ``float32[n_tokens, experts_used, n_inputs]`` if ``input_per_expert``. salience,
     silence: the tensor's own encoder settings, 0 for the defaults (SPK4 only). use_reference: compute without
     the optimized kernels. copies: of weights and input, whose products follow each other in one graph like a
-    model's layers; a routed product has one, and there may be MAX_COPIES. shared_weights: the copies are of the
-    input only. Raises UnsupportedError if this CPU's buffer type does not take such a product.
+    model's layers; a routed product has one, and there may be MAX_COPIES. shared_weights: the copies are of
+    the input only. Raises UnsupportedError if this CPU's buffer type does not take such a product.
     """
 
     def __init__(
@@ -282,27 +282,29 @@ class MatMul:
         self._n_experts, n_outputs, _ = packed.shape
         self._weights_shape = packed.shape if experts_used else packed.shape[1:]
         of_weights, of_graph = self._context(copies), self._context(4 * copies, graph=True)
-        self._inputs: list[int] = []
-        products: list[tuple[int, int]] = []  # weights and result
         self._ids = None
         if experts_used is None:
             self._input_shape, self._output_shape = (n_tokens, n_inputs), (n_tokens, n_outputs)
-            for copy in range(copies):
-                if copy == 0 or not shared_weights:
-                    matrix = ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
-                self._inputs.append(ggml.new_tensor_2d(of_graph, _TYPE_F32, n_inputs, n_tokens))
-                products.append((matrix, ggml.mul_mat(of_graph, matrix, self._inputs[-1])))
+            matrices = [
+                ggml.new_tensor_2d(of_weights, type_id, n_inputs, n_outputs)
+                for _ in range(1 if shared_weights else copies)
+            ]
+            self._inputs = [
+                ggml.new_tensor_2d(of_graph, _TYPE_F32, n_inputs, n_tokens) for _ in range(copies)
+            ]
+            results = [
+                ggml.mul_mat(of_graph, matrices[i % len(matrices)], x) for i, x in enumerate(self._inputs)
+            ]
         else:
-            matrices = ggml.new_tensor_3d(of_weights, type_id, n_inputs, n_outputs, self._n_experts)
+            matrices = [ggml.new_tensor_3d(of_weights, type_id, n_inputs, n_outputs, self._n_experts)]
             inputs = experts_used if input_per_expert else 1
             self._input_shape = (n_tokens, inputs, n_inputs) if input_per_expert else (n_tokens, n_inputs)
             self._output_shape = (n_tokens, experts_used, n_outputs)
-            self._inputs.append(ggml.new_tensor_3d(of_graph, _TYPE_F32, n_inputs, inputs, n_tokens))
+            self._inputs = [ggml.new_tensor_3d(of_graph, _TYPE_F32, n_inputs, inputs, n_tokens)]
             self._ids = ggml.new_tensor_2d(of_graph, _TYPE_I32, experts_used, n_tokens)
-            products.append((matrices, ggml.mul_mat_id(of_graph, matrices, self._inputs[0], self._ids)))
-        self._weights, self._result = products[-1]
-        all_weights = list(dict.fromkeys(matrix for matrix, _ in products))
-        for matrix in all_weights:
+            results = [ggml.mul_mat_id(of_graph, matrices[0], self._inputs[0], self._ids)]
+        self._weights, self._result = matrices[-1], results[-1]
+        for matrix in matrices:
             # The model loader keeps encoder settings here: a weight tensor has no use for its parameters.
             parameters = TensorStruct.from_address(matrix).op_params
             ctypes.memmove(parameters, (c_float * 2)(*settings), ctypes.sizeof(c_float) * 2)
@@ -315,11 +317,11 @@ class MatMul:
                 f"buffer type {buffer} takes no such product of {ggml.native.type_name(type_id)} weights",
                 "choose another buffer type",
             )
-        for matrix in all_weights:
+        for matrix in matrices:
             ggml.backend_tensor_set(matrix, packed.ctypes.data, 0, packed.nbytes)
         self._allocate(of_graph, ggml.buffer_types[PLAIN_BUFFER])
         self._graph = ggml.new_graph(of_graph)
-        for _, result in products:
+        for result in results:
             ggml.build_forward_expand(self._graph, result)
 
     def _context(self, tensors: int, graph: bool = False) -> int:
