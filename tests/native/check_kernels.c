@@ -41,7 +41,7 @@ static void tile_potentials(const spike_kernels * kernels, const spike_layout * 
             const spike_program * program = spike_train_program(train, k, c);
             const bool requests = kernels->integrate_ahead && !gathered; // a prefetch of the same lines changes nothing
             // with the neighbours on both sides, as far as the strip has any
-            const int64_t before = !half && tile % layout->strip_tiles > 0, after = tile + 1 < spike_end_of_strip(layout, tile);
+            const int64_t before = tile > spike_start_of_strip(layout, tile), after = tile + 1 < spike_end_of_strip(layout, tile);
             // a run for every few places, and not one more
             const int64_t n_runs = SPIKE_AHEAD_FIRST + (before + 1 + after)*spike_program_places(train, k, c)/SPIKE_LIST_UNIT;
             const uint8_t ** runs = allocate((size_t) n_runs*sizeof(*runs));
@@ -345,6 +345,29 @@ static int check_encoder(void) {
     return wrong;
 }
 
+// Strips follow each other, none is too wide, and where their number is even two threads, each with half of the tiles, share none.
+static int check_strips(const spike_kernels * kernels) {
+    enum { MOST_ROWS = 12000, N_INPUTS = 64 };
+    int wrong = 0;
+    for (int64_t n_rows = 1; n_rows <= MOST_ROWS; n_rows++) {
+        const spike_layout layout = spike_layout_of(N_INPUTS, n_rows);
+        const int64_t of_second = layout.n_tiles/2; // the second thread's first tile
+        bool right = true;
+        for (int64_t tile = 0, start = 0; tile < layout.n_tiles; tile++) {
+            const int64_t end = spike_end_of_strip(&layout, tile);
+            const spike_tile_lines lines = spike_lines_of_tile(&layout, NULL, tile);
+            const size_t width = spike_is_half_tile(&layout, tile) ? SPIKE_HALF_LINE : (size_t) (end - start)*SPIKE_LINE_BYTES;
+            right = right && spike_start_of_strip(&layout, tile) == start && end > tile && end - start <= SPIKE_STRIP_TILES && lines.stride == width
+                && (size_t) lines.first == (size_t) (start*(N_INPUTS + 1) + tile - start)*SPIKE_LINE_BYTES;
+            right = right && (!kernels->even_strips || end <= of_second || start >= of_second);
+            start = tile + 1 == end ? end : start;
+        }
+        wrong += !right;
+    }
+    printf("strips of %d matrices wrong %d\n", MOST_ROWS, wrong);
+    return wrong;
+}
+
 int main(int argc, char ** argv) {
     const spike_kernels * kernels = spike_select_kernels();
     if (argc != 2 || strcmp(argv[1], kernels->name) != 0) {
@@ -356,5 +379,6 @@ int main(int argc, char ** argv) {
     wrong += check_lists(kernels);
     wrong += check_soundness();
     wrong += check_encoder();
+    wrong += check_strips(kernels);
     return wrong != 0;
 }

@@ -4,13 +4,9 @@
 
 #include <string.h>
 
-// How many tiles each strip but the last one has.
-static int64_t strip_tiles(int64_t n_tiles) {
-    if (!spike_select_kernels()->even_strips || n_tiles == 0) {
-        return SPIKE_STRIP_TILES;
-    }
-    const int64_t n_strips = (n_tiles + 2*SPIKE_STRIP_TILES - 1)/(2*SPIKE_STRIP_TILES)*2;
-    return (n_tiles + n_strips - 1)/n_strips;
+// An even number of strips for that many tiles.
+static int64_t even_strips(int64_t n_tiles) {
+    return (n_tiles + 2*SPIKE_STRIP_TILES - 1)/(2*SPIKE_STRIP_TILES)*2;
 }
 
 spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows) {
@@ -21,7 +17,7 @@ spike_layout spike_layout_of(int64_t n_inputs, int64_t n_rows) {
     layout.n_tiles  = (n_rows + SPIKE_TILE_ROWS - 1)/SPIKE_TILE_ROWS;
     const int64_t in_last = n_rows - (layout.n_tiles - 1)*SPIKE_TILE_ROWS;
     layout.n_whole_tiles = layout.n_tiles - (in_last <= SPIKE_HALF_TILE);
-    layout.strip_tiles   = strip_tiles(layout.n_whole_tiles);
+    layout.n_even_strips = spike_select_kernels()->even_strips ? even_strips(layout.n_tiles) : 0;
     layout.salient_offset = (size_t) (layout.n_whole_tiles*(n_inputs + 1))*SPIKE_LINE_BYTES
         + (size_t) ((layout.n_tiles - layout.n_whole_tiles)*(n_inputs + 2))*SPIKE_HALF_LINE; // with an unused line, to a multiple of 64
     layout.header_offset  = layout.salient_offset
