@@ -35,6 +35,7 @@ PROMPT_SUBJECTS = {"prompts", "looks", "lists"}
 LINE_SUBJECTS = {"salients", "transpositions"}
 WITHOUT_LINES = {"avx512"}  # looks every token's values up
 OWN_LOOKS = {"avx2", "avx512"}  # several tokens at a time; the others go one by one
+REQUEST_LINES = {"avx2"}  # while those of a prompt are added
 # by the end of the file's name, the functions that accumulate
 ACCUMULATING = {
     "": {"integrate", "integrate_half", "add_salient"},
@@ -197,6 +198,7 @@ def test_installed_kernels_only_add(runtime: RuntimeInfo) -> None:
     built = set(KERNELS[host_architecture()])
     owners = {name: built for name in set().union(*ACCUMULATING.values())}
     owners |= {"add_salient_lines": built - WITHOUT_LINES, "add_salient_tokens": built & OWN_LOOKS}
+    owners |= {"integrate_schedule_ahead": built & REQUEST_LINES}
     for name, own in owners.items():
         kernels = [code for each, code, _ in found if each == name]
         assert len(kernels) == len(own), name

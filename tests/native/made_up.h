@@ -146,9 +146,22 @@ static inline void schedule_potentials(const spike_prompt_kernels * with, const 
         const int64_t n     = spike_chunk_start(layout->n_inputs, schedule->n_chunks, c + 1) - first;
         uint8_t * lines = (uint8_t *) allocate_unset((size_t) (spike_schedule_lines(n)*(half ? SPIKE_HALF_LINE : SPIKE_LINE_BYTES)));
         (half ? with->copy_half : with->copy_lines)(from.first + (size_t) first*from.stride, from.stride, n, lines);
+        spike_line_requests same = { from.first, from.first + (size_t) n*from.stride, from.stride, 1 + (int) (c % 3) }; // which changes nothing
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            (half ? with->integrate_half_schedule : with->integrate_schedule)(lines, spike_schedule_program_of(schedule, k, c),
-                                                                              spike_schedule_spikes(schedule), potential + k*SPIKE_TILE_ROWS);
+            const spike_schedule_program * program = spike_schedule_program_of(schedule, k, c);
+            const uint16_t * spikes = spike_schedule_spikes(schedule);
+            int32_t * own = potential + k*SPIKE_TILE_ROWS;
+            if (half) {
+                with->integrate_half_schedule(lines, program, spikes, own);
+            } else if (with->integrate_schedule_ahead && (tile + c) % 2 == 0) {
+                with->integrate_schedule_ahead(lines, program, spikes, own, &same);
+            } else {
+                with->integrate_schedule(lines, program, spikes, own);
+            }
+        }
+        if (same.next < from.first || same.next > same.end) {
+            fprintf(stderr, "requests ran away\n");
+            abort();
         }
         free(lines);
     }

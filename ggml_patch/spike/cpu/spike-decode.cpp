@@ -101,10 +101,12 @@ void wait_for(const spike_tile_lines & lines, int64_t n_tiles, int64_t n_inputs)
 // The share of a matrix's tiles that a thread has.
 struct share {
     spike_layout layout;
+    bool         by_strips; // lines of two strips for several tokens at once would not stay near
     int64_t      first_tile, end_tile;
 
-    share(const spike_layout & layout, const ggml_compute_params * params) :
-        layout(layout), first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
+    share(const ggml_tensor * op, const ggml_compute_params * params) :
+        layout(spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1])), by_strips(most_tokens_of(op) > 1),
+        first_tile(params->ith*layout.n_tiles/params->nth), end_tile((params->ith + 1)*layout.n_tiles/params->nth) {}
 
     tile_group group_at(int64_t tile) const {
         const int64_t end_whole = std::min(end_tile, layout.n_whole_tiles);
@@ -115,6 +117,9 @@ struct share {
                 break;
             }
             end = next;
+            if (by_strips) {
+                break;
+            }
         }
         return { tile, end - tile, end < end_tile && spike_is_half_tile(&layout, end) };
     }
@@ -136,9 +141,9 @@ struct next_product {
         if (op == nullptr) {
             return;
         }
-        layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
+        const share own(op, params);
+        layout = own.layout;
         packed = (const uint8_t *) op->src[0]->data;
-        const share own(layout, params);
         if (own.first_tile < own.end_tile) {
             group    = own.group_at(own.first_tile);
             n_inputs = spike_chunk_start(layout.n_inputs, chunks_of(op), 1);
@@ -457,11 +462,10 @@ size_t decode_scratch_size(int64_t n_inputs, int64_t n_chunks, int64_t n_tokens)
 }
 
 void compute_few_tokens(const ggml_compute_params * params, const product & product, const ggml_tensor * op, char * work, const work_layout & w) {
-    const spike_layout layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
     const int64_t together = count_together(w.n_tokens);
-    decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs, w.n_chunks, together);
+    decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, w.n_inputs, w.n_chunks, together);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
-    const share own(layout, params); // of every matrix
+    const share own(op, params); // of every matrix
     const next_product none, next(next_product_of_few_tokens(), params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
         const job work_of = product.get_job(j);
@@ -473,7 +477,7 @@ void compute_few_tokens(const ggml_compute_params * params, const product & prod
                 scratch.tokens[t].train  = (const spike_train *) (trains + (size_t) tok.column*w.train_size);
                 scratch.tokens[t].output = tok.output;
             }
-            compute_tiles(layout, (const uint8_t *) work_of.matrix, tokens, own, is_last ? next : none, scratch.runs);
+            compute_tiles(own.layout, (const uint8_t *) work_of.matrix, tokens, own, is_last ? next : none, scratch.runs);
         }
     }
 }

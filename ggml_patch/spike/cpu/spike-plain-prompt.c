@@ -127,5 +127,5 @@ static uint32_t gather_inputs(const uint8_t * key, const uint8_t * line_in_block
 }
 
 const spike_prompt_kernels spike_prompt_kernels_plain_c = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, spike_add_salient_tokens, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
+    copy_lines, copy_half, integrate_schedule, NULL, integrate_half_schedule, spike_add_salient_tokens, 2, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
 };

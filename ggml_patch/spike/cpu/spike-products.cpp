@@ -1,5 +1,7 @@
 #include "spike-products.h"
 
+#include "spike-kernels.h"
+
 #include "ggml-impl.h"
 
 namespace spike {
@@ -71,12 +73,13 @@ token routed_product::get_token(int64_t expert, int64_t t) const {
 }
 
 bool serves_few_tokens(const ggml_tensor * op) {
-    constexpr int64_t MANY = 5; // with weights from memory; with cached ones prompts gain from 4 tokens on
+    // With weights from memory; with cached ones prompts gain from 4 tokens on.
+    const int64_t many = spike_select_kernels()->prompt->integrate_schedule_ahead ? 4 : 5;
     if (op->op == GGML_OP_MUL_MAT_ID) {
         const ggml_tensor * ids = op->src[2];
-        return ids->ne[0]*ids->ne[1] < MANY*op->src[0]->ne[2];
+        return ids->ne[0]*ids->ne[1] < many*op->src[0]->ne[2];
     }
-    return op->src[1]->ne[1] < MANY;
+    return op->src[1]->ne[1] < many;
 }
 
 } // namespace spike

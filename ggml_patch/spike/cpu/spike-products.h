@@ -87,7 +87,7 @@ class routed_product final : public product {
     route *             routes;
 };
 
-// Whether so few tokens (1 to 4, on average) meet a matrix that its weights are best read where they lie.
+// Whether so few tokens (up to 3 or 4, on average) meet a matrix that its weights are best read where they lie.
 bool serves_few_tokens(const ggml_tensor * op);
 
 // How many units of its own range a thread, or another for it, has taken. Alone in a cache line.

@@ -37,6 +37,14 @@ typedef struct {
     int32_t *        potential;
 } spike_salient_token;
 
+// Lines that will be copied together soon, to be requested while others are added.
+typedef struct {
+    const uint8_t * next;    // of them
+    const uint8_t * end;     // a multiple of the stride behind it
+    size_t          stride;
+    int             at_once; // how many with every group of up to 16 spikes of a step
+} spike_line_requests;
+
 typedef struct {
     // Copies the lines of n inputs of a tile, the complement of each behind it, and a line of zeros: to[line][64].
     void (*copy_lines)(const uint8_t * from, size_t stride, int64_t n, uint8_t * to);
@@ -47,6 +55,10 @@ typedef struct {
     // Runs a program over such lines: potential[row] += sum over spikes of (code - 8) * signed magnitude.
     void (*integrate_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]);
+
+    // The same, with prefetches into the second-level cache. NULL: there is only integrate_schedule.
+    void (*integrate_schedule_ahead)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                                     int32_t potential[SPIKE_TILE_ROWS], spike_line_requests * requests);
 
     // Over lines of half a tile, with half of the work.
     void (*integrate_half_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t MOST_TOKENS = 128; // that share a copy of a tile's lines
 constexpr int64_t FEWEST_TOKENS = 16; // below, copies cost more than threads gain that keep to the tokens that they encoded
+constexpr int64_t FEW_TOKENS = 24; // each has many lines to request, which in one burst would wait for each other
+constexpr int64_t GROUP = 16; // spikes, see spike_line_requests
 constexpr int64_t TOKENS_TO_FINISH = 32; // whose potentials are still near when outputs are made of them
 constexpr int64_t FEW_TILES = 4; // per thread: with fewer, their shares of rows differ so much that half as many tokens still pay
 constexpr int64_t TOKEN_STRIDE = SPIKE_TILE_ROWS + 16; // of potentials: no power of two, lest a row of all tokens fight for a few cache sets
@@ -136,25 +138,37 @@ class next_lines {
     // The lines of a chunk of a tile; none if the tile is beyond the matrix.
     next_lines(const matrix_tile & tile, int64_t n_chunks, int64_t chunk) {
         if (tile.index < tile.layout.n_tiles) {
-            const int64_t first = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
-            lines = tile.lines();
-            lines.first += (size_t) first*lines.stride;
-            n = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - first;
+            const int64_t begin = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
+            const spike_tile_lines lines = tile.lines();
+            n     = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - begin;
+            first = lines.first + (size_t) begin*lines.stride;
+            due   = { first, first, lines.stride, 0 };
         }
     }
 
-    // As much as is due when such a share of the tokens is done.
-    void bring(int64_t done, int64_t of) {
-        for (; next < n*done/of; next++) {
+    // As many as are due when such a share of the tokens is done.
+    void set_due(int64_t done, int64_t of) { due.end = first + (size_t) (n*done/of)*due.stride; }
+
+    // Requests for what is due, by the kernel with every so many groups of spikes.
+    spike_line_requests * spread(int64_t n_groups) {
+        const int64_t n_due = n > 0 ? (due.end - due.next)/(int64_t) due.stride : 0;
+        due.at_once = (int) ((n_due + n_groups - 1)/n_groups);
+        return &due;
+    }
+
+    // The rest of it.
+    void bring() {
+        for (; due.next != due.end; due.next += due.stride) {
 #if defined(__GNUC__)
-            __builtin_prefetch(lines.first + (size_t) next*lines.stride, 0, 2);
+            __builtin_prefetch(due.next, 0, 2);
 #endif
         }
     }
 
   private:
-    spike_tile_lines lines = { nullptr, 0 };
-    int64_t          n = 0, next = 0;
+    const uint8_t *     first = nullptr;
+    int64_t             n = 0;
+    spike_line_requests due = { nullptr, nullptr, 0, 0 };
 };
 
 // The lines of a chunk, copied together: so they do not fight for the same cache sets. Returns the kernel that runs over them.
@@ -175,13 +189,18 @@ class tile_chunk {
     tile_chunk(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, int64_t chunk, prompt_scratch & s)
         : tile(tile), tokens(tokens), chunk(chunk), n_chunks(tokens.schedules[0]->n_chunks), lines(s.lines),
           integrate(copy_chunk(tile, n_chunks, chunk, s.lines)),
+          integrate_ahead(tokens.n <= FEW_TOKENS && !tile.is_half() ? spike_select_kernels()->prompt->integrate_schedule_ahead : nullptr),
           coming(is_last() ? next_lines(after, n_chunks, 0) : next_lines(tile, n_chunks, chunk + 1)) {}
 
     // Some tokens, the first of which has its potentials there. All tokens come one after the other.
     void run(int64_t first_token, int64_t n_tokens, int32_t * potential) {
         for (int64_t t = first_token; t < first_token + n_tokens; t++) {
             const spike_schedule * schedule = tokens.schedules[t];
-            coming.bring(t + 1, tokens.n);
+            const spike_schedule_program * program = spike_schedule_program_of(schedule, 0, chunk);
+            coming.set_due(t + 1, tokens.n);
+            if (!integrate_ahead) {
+                coming.bring();
+            }
             prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
             if (is_last()) { // outputs are made soon; sooner asked for, they come while spikes are added
                 bring_near<near_for::writing>(tokens.outputs[t] + tile.first_row(), (size_t) tile.n_rows()*sizeof(float));
@@ -189,7 +208,12 @@ class tile_chunk {
             if (chunk == 0) {
                 memset(potential, 0, SPIKE_TILE_ROWS*sizeof(int32_t));
             }
-            integrate(lines, spike_schedule_program_of(schedule, 0, chunk), spike_schedule_spikes(schedule), potential);
+            if (integrate_ahead) {
+                integrate_ahead(lines, program, spike_schedule_spikes(schedule), potential, coming.spread(groups_of(program)));
+                coming.bring();
+            } else {
+                integrate(lines, program, spike_schedule_spikes(schedule), potential);
+            }
             potential += TOKEN_STRIDE;
         }
     }
@@ -197,11 +221,21 @@ class tile_chunk {
   private:
     bool is_last() const { return chunk + 1 == n_chunks; }
 
+    // How many groups of spikes a program has, or 1.
+    static int64_t groups_of(const spike_schedule_program * program) {
+        int64_t n = 0;
+        for (uint32_t s = 0; s < program->n_steps; s++) {
+            n += (program->steps[s].n_spikes + GROUP - 1)/GROUP;
+        }
+        return std::max<int64_t>(n, 1);
+    }
+
     const matrix_tile & tile;
     const token_block & tokens;
     const int64_t       chunk, n_chunks;
     const uint8_t *     lines;
-    decltype(spike_prompt_kernels::integrate_schedule) integrate;
+    decltype(spike_prompt_kernels::integrate_schedule)       integrate;
+    decltype(spike_prompt_kernels::integrate_schedule_ahead) integrate_ahead; // nullptr: not here
     next_lines          coming;
 };
 

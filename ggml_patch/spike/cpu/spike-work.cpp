@@ -10,21 +10,16 @@ namespace spike {
 
 static_assert(PROMPT_CHUNK_BLOCKS <= SPIKE_SCHEDULE_CHUNK_BLOCKS, "see SPIKE_SCHEDULE_MAX_COUNTED");
 
-namespace {
-
-// Of a matrix, at most: no token goes to an expert twice.
-int64_t tokens_of(const ggml_tensor * op) {
-    return op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1];
+int64_t most_tokens_of(const ggml_tensor * op) {
+    return op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1]; // no token goes to an expert twice
 }
-
-} // namespace
 
 int64_t chunks_of(const ggml_tensor * op) {
     const int64_t n_inputs = op->src[0]->ne[0];
     if (!serves_few_tokens(op)) {
         return spike_chunks(n_inputs, PROMPT_CHUNK_BLOCKS);
     }
-    return spike_chunks(n_inputs, n_inputs < SHORT_INPUTS || tokens_of(op) > 1 ? DECODE_SHORT_CHUNK_BLOCKS : DECODE_CHUNK_BLOCKS);
+    return spike_chunks(n_inputs, n_inputs < SHORT_INPUTS || most_tokens_of(op) > 1 ? DECODE_SHORT_CHUNK_BLOCKS : DECODE_CHUNK_BLOCKS);
 }
 
 work_layout layout_work(const ggml_tensor * op, int n_threads) {
@@ -34,7 +29,7 @@ work_layout layout_work(const ggml_tensor * op, int n_threads) {
     const bool tiles = form_of(op->src[0]) == weight_form::tiles;
     work_layout w = {};
     w.n_inputs   = n_inputs;
-    w.n_tokens   = tokens_of(op);
+    w.n_tokens   = most_tokens_of(op);
     w.n_chunks   = chunks_of(op);
     w.train_size = few ? spike_train_size(n_inputs, w.n_chunks) : spike_schedule_size(n_inputs, w.n_chunks);
     w.own_encoding = op->op == GGML_OP_MUL_MAT && n_columns == 1 && tiles;

@@ -38,6 +38,9 @@ template <near_for USE = near_for::reading> void bring_near(const void * memory,
 
 work_layout layout_work(const ggml_tensor * op, int n_threads);
 
+// How many tokens an operation has for one matrix, at most.
+int64_t most_tokens_of(const ggml_tensor * op);
+
 // How many chunks the spike trains of an operation's inputs have.
 int64_t chunks_of(const ggml_tensor * op);
 

@@ -12,7 +12,12 @@ static void copy_lines(const uint8_t * from, size_t stride, int64_t n, uint8_t *
 
 static void integrate_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                int32_t potential[SPIKE_TILE_ROWS]) {
-    run_schedule256(lines, SPIKE_LINE_BYTES/32, program, spikes, potential);
+    run_schedule256(lines, SPIKE_LINE_BYTES/32, program, spikes, potential, NULL);
+}
+
+static void integrate_schedule_ahead(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
+                                     int32_t potential[SPIKE_TILE_ROWS], spike_line_requests * requests) {
+    run_schedule256(lines, SPIKE_LINE_BYTES/32, program, spikes, potential, requests);
 }
 
 static uint32_t gather_lines(const uint8_t * key, const uint16_t * line, int64_t n, uint8_t wanted, uint16_t * list) {
@@ -74,5 +79,5 @@ SPIKE_INLINE void add_slots(const uint8_t * salient, const int16_t * values, int
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx2 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, add_salient_tokens, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
+    copy_lines, copy_half, integrate_schedule, integrate_schedule_ahead, integrate_half_schedule, add_salient_tokens, 24, transpose_values, add_salient_lines, gather_lines, gather_inputs, spike_list_rare,
 };

@@ -283,5 +283,5 @@ static uint32_t list_rare(const spike_chunk_values * values, const spike_rare_st
 }
 
 const spike_prompt_kernels spike_prompt_kernels_avx512 = {
-    copy_lines, copy_half, integrate_schedule, integrate_half_schedule, add_salient_tokens, INT64_MAX, NULL, NULL, gather_lines, gather_inputs, list_rare,
+    copy_lines, copy_half, integrate_schedule, NULL, integrate_half_schedule, add_salient_tokens, INT64_MAX, NULL, NULL, gather_lines, gather_inputs, list_rare,
 };

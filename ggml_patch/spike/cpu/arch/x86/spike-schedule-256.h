@@ -47,7 +47,23 @@ SPIKE_INLINE void add_group256(const uint8_t * lines, int vectors, const uint16_
     flush256(both, upper, vectors, false, current);
 }
 
-SPIKE_INLINE void run_schedule256(const uint8_t * lines, int vectors, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential) {
+// With a group of spikes.
+SPIKE_INLINE void request_lines(spike_line_requests * requests) {
+    const uint8_t * line = requests->next;
+    for (int i = 0; i < requests->at_once && line != requests->end; i++) {
+        _mm_prefetch((const char *) line, _MM_HINT_T1);
+        line += requests->stride;
+    }
+    requests->next = line;
+}
+
+// requests: or NULL.
+SPIKE_INLINE void run_schedule256(const uint8_t * lines, int vectors, const spike_schedule_program * program, const uint16_t * spikes,
+                                  int32_t * potential, spike_line_requests * requests) {
+    spike_line_requests due = { NULL, NULL, 0, 0 };
+    if (requests) {
+        due = *requests;
+    }
     const lanes256 silent = { _mm256_setzero_si256(), _mm256_setzero_si256() };
     tile256 current = { { silent, silent }, { silent, silent } }, sum = current;
     spikes += program->first;
@@ -55,10 +71,16 @@ SPIKE_INLINE void run_schedule256(const uint8_t * lines, int vectors, const spik
     for (const spike_schedule_step * end = step + program->n_steps; step < end; step++) {
         int left = step->n_spikes;
         for (; left >= SPIKES_PER_BYTE_SUM; left -= SPIKES_PER_BYTE_SUM) {
+            if (requests) {
+                request_lines(&due);
+            }
             add_group256(lines, vectors, spikes, SPIKES_PER_BYTE_SUM, &current);
             spikes += SPIKES_PER_BYTE_SUM;
         }
         if (left > 0) {
+            if (requests) {
+                request_lines(&due);
+            }
             add_group256(lines, vectors, spikes, left, &current);
             spikes += left;
         }
@@ -69,6 +91,9 @@ SPIKE_INLINE void run_schedule256(const uint8_t * lines, int vectors, const spik
             spill256(&sum, vectors, step->correction, step->shift, potential);
         }
     }
+    if (requests) {
+        *requests = due;
+    }
 }
 
 static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * to) {
@@ -77,5 +102,5 @@ static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * 
 
 static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                     int32_t potential[SPIKE_HALF_TILE]) {
-    run_schedule256(lines, SPIKE_HALF_LINE/32, program, spikes, potential);
+    run_schedule256(lines, SPIKE_HALF_LINE/32, program, spikes, potential, NULL);
 }
