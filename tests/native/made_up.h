@@ -152,7 +152,7 @@ static inline void schedule_potentials(const spike_prompt_kernels * with, const 
             const uint16_t * spikes = spike_schedule_spikes(schedule);
             int32_t * own = potential + k*SPIKE_TILE_ROWS;
             if (half) {
-                with->integrate_half_schedule(lines, program, spikes, own);
+                with->integrate_half_schedule(lines, program, spikes, own, with->integrate_schedule_ahead && c % 2 == 0 ? &same : NULL);
             } else if (with->integrate_schedule_ahead && (tile + c) % 2 == 0) {
                 with->integrate_schedule_ahead(lines, program, spikes, own, &same);
             } else {

@@ -466,7 +466,7 @@ void compute_few_tokens(const ggml_compute_params * params, const product & prod
     decode_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, w.n_inputs, w.n_chunks, together);
     const char * trains = work + w.trains + (w.own_encoding ? (size_t) params->ith*w.train_size : 0);
     const share own(op, params); // of every matrix
-    const next_product none, next(next_product_of_few_tokens(), params);
+    const next_product none, next(following_product(true), params);
     for (int64_t j = 0; j < product.n_jobs(); j++) {
         const job work_of = product.get_job(j);
         for (int64_t t0 = 0; t0 < work_of.n_tokens; t0 += together) {

@@ -151,7 +151,7 @@ void encode_token(const ggml_tensor * op, int64_t column, int64_t place, const s
 
 } // namespace
 
-const ggml_tensor * next_product_of_few_tokens() {
+const ggml_tensor * following_product(bool of_few_tokens) {
     constexpr int FAR = 48; // nodes: past the attention of a layer
     if (!position.graph) {
         return nullptr;
@@ -160,7 +160,7 @@ const ggml_tensor * next_product_of_few_tokens() {
     for (int n = position.node + 1; n < end; n++) {
         const ggml_tensor * op = position.graph->nodes[n];
         if (computes(op)) {
-            const bool fits = op->op == GGML_OP_MUL_MAT && serves_few_tokens(op) && form_of(op->src[0]) == weight_form::tiles;
+            const bool fits = op->op == GGML_OP_MUL_MAT && serves_few_tokens(op) == of_few_tokens && form_of(op->src[0]) == weight_form::tiles;
             return fits ? op : nullptr;
         }
     }

@@ -10,8 +10,9 @@ namespace spike {
 // thread finds the same, for it depends on the graph alone.
 bool is_encoded(const ggml_tensor * op);
 
-// The next product with repacked weights that the calling thread will come to in its graph, if it is one of few tokens, or nullptr.
-const ggml_tensor * next_product_of_few_tokens();
+// The next product with repacked weights that the calling thread will come to in its graph, if it serves few tokens, or if it does
+// not; else nullptr.
+const ggml_tensor * following_product(bool of_few_tokens);
 
 // Each thread encodes a contiguous range of src1's rows, in groups of eight where there are many, or the only row for itself.
 void encode_tokens(const ggml_compute_params * params, const ggml_tensor * op, char * work, const work_layout & w);

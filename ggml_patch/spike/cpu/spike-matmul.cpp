@@ -20,7 +20,7 @@ void dot_stored_rows(const ggml_compute_params * params, const product & product
     const block_spka * blocks = (const block_spka *) (work + w.blocks);
     unit_cursor * cursors = (unit_cursor *) (work + w.cursors);
     const int64_t row_blocks = (n_rows + STORED_ROWS - 1)/STORED_ROWS;
-    for_each_unit(params, cursors, product, STORED_TOKENS, row_blocks, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens) {
+    for_each_unit(params, cursors, product, STORED_TOKENS, row_blocks, [&](int64_t j, int64_t row_block, int64_t t0, int64_t n_tokens, bool) {
         const char * matrix = (const char *) product.get_job(j).matrix;
         const int64_t r1 = std::min(n_rows, (row_block + 1)*STORED_ROWS);
         for (int64_t t = t0; t < t0 + n_tokens; t++) {

@@ -104,7 +104,7 @@ inline void reset_cursors(unit_cursor * cursors, int n_threads) {
 
 // Units of work in an order that keeps a thread on the same tokens: job, block of tokens, block of rows. Each thread has a range of
 // them, which with many tokens are those that it encoded itself; what others have not yet come to, it takes when its own are done.
-// compute_unit(job, row block, first token, number of tokens)
+// compute_unit(job, row block, first token, number of tokens, whether the thread probably goes on with the next unit)
 template <typename F>
 void for_each_unit(const ggml_compute_params * params, unit_cursor * cursors, const product & product, int64_t token_block, int64_t n_row_blocks,
                    F compute_unit) {
@@ -122,7 +122,7 @@ void for_each_unit(const ggml_compute_params * params, unit_cursor * cursors, co
                 before += units_of(j++);
             }
             const int64_t t0 = (unit - before)/n_row_blocks*token_block;
-            compute_unit(j, (unit - before) % n_row_blocks, t0, std::min(token_block, product.get_job(j).n_tokens - t0));
+            compute_unit(j, (unit - before) % n_row_blocks, t0, std::min(token_block, product.get_job(j).n_tokens - t0), unit + 1 < end);
         }
     }
 }

@@ -60,9 +60,9 @@ typedef struct {
     void (*integrate_schedule_ahead)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
                                      int32_t potential[SPIKE_TILE_ROWS], spike_line_requests * requests);
 
-    // Over lines of half a tile, with half of the work.
+    // Over lines of half a tile, with half of the work. requests: NULL, or as of integrate_schedule_ahead if that is there.
     void (*integrate_half_schedule)(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                                    int32_t potential[SPIKE_HALF_TILE]);
+                                    int32_t potential[SPIKE_HALF_TILE], spike_line_requests * requests);
 
     // Salient weights of a tile, for each token by a look at its values. They reach 16 codes further, up or down, so that their
     // inputs enter the potential 16 times more. salients: [block][slot][row]; n_rows: of a tile or half of one.

@@ -4,6 +4,7 @@
 
 #include "spike-tiles.h"
 
+#include "spike-encoding.h"
 #include "spike-potentials.h"
 #include "spike-schedule.h"
 
@@ -67,6 +68,8 @@ struct matrix_tile {
     int64_t n_rows() const { return std::min<int64_t>(SPIKE_TILE_ROWS, layout.n_rows - first_row()); }
     int64_t n_neurons() const { return is_half() ? SPIKE_HALF_TILE : SPIKE_TILE_ROWS; } // rows and what fills the last tile up
     bool    is_half() const { return spike_is_half_tile(&layout, index); }
+    int64_t n_chunks() const { return spike_chunks(layout.n_inputs, PROMPT_CHUNK_BLOCKS); }
+    int64_t first_input(int64_t chunk) const { return spike_chunk_start(layout.n_inputs, n_chunks(), chunk); }
 
     spike_tile_lines lines() const { return spike_lines_of_tile(&layout, packed, index); }
     const uint8_t *  salients() const { return spike_salients_of_tile(&layout, packed, index, 0, 0); }
@@ -136,11 +139,11 @@ void prefetch_program(const spike_schedule * schedule, int64_t chunk) {
 class next_lines {
   public:
     // The lines of a chunk of a tile; none if the tile is beyond the matrix.
-    next_lines(const matrix_tile & tile, int64_t n_chunks, int64_t chunk) {
+    next_lines(const matrix_tile & tile, int64_t chunk) {
         if (tile.index < tile.layout.n_tiles) {
-            const int64_t begin = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
+            const int64_t begin = tile.first_input(chunk);
             const spike_tile_lines lines = tile.lines();
-            n     = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - begin;
+            n     = tile.first_input(chunk + 1) - begin;
             first = lines.first + (size_t) begin*lines.stride;
             due   = { first, first, lines.stride, 0 };
         }
@@ -171,26 +174,39 @@ class next_lines {
     spike_line_requests due = { nullptr, nullptr, 0, 0 };
 };
 
-// The lines of a chunk, copied together: so they do not fight for the same cache sets. Returns the kernel that runs over them.
-auto copy_chunk(const matrix_tile & tile, int64_t n_chunks, int64_t chunk, uint8_t * to) {
+// The lines of a chunk, copied together: so they do not fight for the same cache sets.
+void copy_chunk(const matrix_tile & tile, int64_t chunk, uint8_t * to) {
     const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
     const spike_tile_lines lines = tile.lines();
-    const int64_t first = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk);
-    const int64_t n     = spike_chunk_start(tile.layout.n_inputs, n_chunks, chunk + 1) - first;
+    const int64_t first = tile.first_input(chunk);
+    const int64_t n     = tile.first_input(chunk + 1) - first;
     const auto    copy  = tile.is_half() ? kernels->copy_half : kernels->copy_lines;
     copy(lines.first + (size_t) first*lines.stride, lines.stride, n, to);
-    return tile.is_half() ? kernels->integrate_half_schedule : kernels->integrate_schedule;
+}
+
+// Runs a program over them. requests: nullptr, or what to request meanwhile, if the kernel does such things.
+void integrate(const matrix_tile & tile, const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes, int32_t * potential,
+               spike_line_requests * requests) {
+    const spike_prompt_kernels * kernels = spike_select_kernels()->prompt;
+    if (tile.is_half()) {
+        kernels->integrate_half_schedule(lines, program, spikes, potential, requests);
+    } else if (requests) {
+        kernels->integrate_schedule_ahead(lines, program, spikes, potential, requests);
+    } else {
+        kernels->integrate_schedule(lines, program, spikes, potential);
+    }
 }
 
 // A chunk of a tile whose lines are copied together, while tokens run over it.
 class tile_chunk {
   public:
-    // after: the tile that this thread will probably come to next.
+    // after: the tile that this thread will probably come to next, or one beyond its matrix.
     tile_chunk(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, int64_t chunk, prompt_scratch & s)
-        : tile(tile), tokens(tokens), chunk(chunk), n_chunks(tokens.schedules[0]->n_chunks), lines(s.lines),
-          integrate(copy_chunk(tile, n_chunks, chunk, s.lines)),
-          integrate_ahead(tokens.n <= FEW_TOKENS && !tile.is_half() ? spike_select_kernels()->prompt->integrate_schedule_ahead : nullptr),
-          coming(is_last() ? next_lines(after, n_chunks, 0) : next_lines(tile, n_chunks, chunk + 1)) {}
+        : tile(tile), tokens(tokens), chunk(chunk), lines(s.lines),
+          requests(tokens.n <= FEW_TOKENS && spike_select_kernels()->prompt->integrate_schedule_ahead),
+          coming(is_last() ? next_lines(after, 0) : next_lines(tile, chunk + 1)) {
+        copy_chunk(tile, chunk, s.lines);
+    }
 
     // Some tokens, the first of which has its potentials there. All tokens come one after the other.
     void run(int64_t first_token, int64_t n_tokens, int32_t * potential) {
@@ -198,7 +214,7 @@ class tile_chunk {
             const spike_schedule * schedule = tokens.schedules[t];
             const spike_schedule_program * program = spike_schedule_program_of(schedule, 0, chunk);
             coming.set_due(t + 1, tokens.n);
-            if (!integrate_ahead) {
+            if (!requests) {
                 coming.bring();
             }
             prefetch_program(tokens.schedules[std::min(t + 1, tokens.n - 1)], chunk);
@@ -208,18 +224,14 @@ class tile_chunk {
             if (chunk == 0) {
                 memset(potential, 0, SPIKE_TILE_ROWS*sizeof(int32_t));
             }
-            if (integrate_ahead) {
-                integrate_ahead(lines, program, spike_schedule_spikes(schedule), potential, coming.spread(groups_of(program)));
-                coming.bring();
-            } else {
-                integrate(lines, program, spike_schedule_spikes(schedule), potential);
-            }
+            integrate(tile, lines, program, spike_schedule_spikes(schedule), potential, requests ? coming.spread(groups_of(program)) : nullptr);
+            coming.bring();
             potential += TOKEN_STRIDE;
         }
     }
 
   private:
-    bool is_last() const { return chunk + 1 == n_chunks; }
+    bool is_last() const { return chunk + 1 == tile.n_chunks(); }
 
     // How many groups of spikes a program has, or 1.
     static int64_t groups_of(const spike_schedule_program * program) {
@@ -232,10 +244,9 @@ class tile_chunk {
 
     const matrix_tile & tile;
     const token_block & tokens;
-    const int64_t       chunk, n_chunks;
+    const int64_t       chunk;
     const uint8_t *     lines;
-    decltype(spike_prompt_kernels::integrate_schedule)       integrate;
-    decltype(spike_prompt_kernels::integrate_schedule_ahead) integrate_ahead; // nullptr: not here
+    const bool          requests; // with the spikes
     next_lines          coming;
 };
 
@@ -243,9 +254,9 @@ class tile_chunk {
 void compute_unmerged(const matrix_tile & tile, const spike_schedule * schedule, float * output, prompt_scratch & s) {
     int32_t potential[SPIKE_SCHEDULE_CLASSES][SPIKE_TILE_ROWS] = { { 0 } };
     for (int64_t c = 0; c < schedule->n_chunks; c++) {
-        const auto integrate = copy_chunk(tile, schedule->n_chunks, c, s.lines);
+        copy_chunk(tile, c, s.lines);
         for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
-            integrate(s.lines, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule), potential[k]);
+            integrate(tile, s.lines, spike_schedule_program_of(schedule, k, c), spike_schedule_spikes(schedule), potential[k], nullptr);
         }
     }
     for (int k = 0; k < SPIKE_SCHEDULE_CLASSES; k++) {
@@ -287,7 +298,7 @@ void finish_tokens(const matrix_tile & tile, const row_settings & rows, const sp
 
 // values: lines of the tokens, or NULL.
 void compute_tile(const matrix_tile & tile, const matrix_tile & after, const token_block & tokens, const int16_t * values, prompt_scratch & s) {
-    const int64_t last_chunk = tokens.schedules[0]->n_chunks - 1;
+    const int64_t last_chunk = tile.n_chunks() - 1;
     for (int64_t c = 0; c < last_chunk; c++) {
         tile_chunk(tile, after, tokens, c, s).run(0, tokens.n, s.potential);
     }
@@ -306,6 +317,27 @@ void compute_tile(const matrix_tile & tile, const matrix_tile & after, const tok
         }
     }
 }
+
+// Where a thread will begin in another product, or nowhere: lines that it will copy without having had the time to request them. Those
+// of a prompt's many tokens would not stay in the cache until then, and matter less.
+class first_tile {
+  public:
+    first_tile(const ggml_tensor * op, const ggml_compute_params * params) {
+        if (op && most_tokens_of(op) <= FEW_TOKENS) {
+            layout = spike_layout_of(op->src[0]->ne[0], op->src[0]->ne[1]);
+            packed = (const uint8_t *) op->src[0]->data;
+            const int64_t blocks = (op->src[1]->ne[1] + tokens_per_unit(op, params->nth) - 1)/tokens_per_unit(op, params->nth);
+            index = params->ith*(blocks*op->src[1]->ne[2]*op->src[1]->ne[3]*layout.n_tiles)/params->nth % layout.n_tiles;
+        }
+    }
+
+    matrix_tile tile() const { return { layout, packed, index }; }
+
+  private:
+    spike_layout    layout = {};
+    const uint8_t * packed = nullptr;
+    int64_t         index  = 0; // beyond a layout without tiles
+};
 
 } // namespace
 
@@ -348,7 +380,8 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
     const bool routed = op->op == GGML_OP_MUL_MAT_ID;
     prompt_scratch scratch(work + w.scratch + (size_t) params->ith*w.scratch_per_thread, layout.n_inputs);
     unit_cursor * cursors = (unit_cursor *) (work + w.cursors);
-    for_each_unit(params, cursors, product, w.tokens_per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens) {
+    const first_tile first_of_next(following_product(false), params);
+    for_each_unit(params, cursors, product, w.tokens_per_unit, layout.n_tiles, [&](int64_t j, int64_t i, int64_t t0, int64_t n_tokens, bool goes_on) {
         token_block tokens;
         tokens.n = n_tokens;
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -368,7 +401,7 @@ void compute_prompt(const ggml_compute_params * params, const product & product,
             values = scratch.values;
         }
         const uint8_t * packed = (const uint8_t *) product.get_job(j).matrix;
-        compute_tile({ layout, packed, i }, { layout, packed, i + 1 }, tokens, values, scratch);
+        compute_tile({ layout, packed, i }, goes_on ? matrix_tile { layout, packed, i + 1 } : first_of_next.tile(), tokens, values, scratch);
     });
 }
 

@@ -103,7 +103,8 @@ static void integrate_schedule(const uint8_t * lines, const spike_schedule_progr
 }
 
 static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                                    int32_t potential[SPIKE_HALF_TILE]) {
+                                    int32_t potential[SPIKE_HALF_TILE], spike_line_requests * requests) {
+    (void) requests;
     run_schedule(lines, VECTORS/2, program, spikes, potential);
 }
 

@@ -101,6 +101,6 @@ static void copy_half(const uint8_t * from, size_t stride, int64_t n, uint8_t * 
 }
 
 static void integrate_half_schedule(const uint8_t * lines, const spike_schedule_program * program, const uint16_t * spikes,
-                                    int32_t potential[SPIKE_HALF_TILE]) {
-    run_schedule256(lines, SPIKE_HALF_LINE/32, program, spikes, potential, NULL);
+                                    int32_t potential[SPIKE_HALF_TILE], spike_line_requests * requests) {
+    run_schedule256(lines, SPIKE_HALF_LINE/32, program, spikes, potential, requests);
 }
